@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients, outside the operators: only calls in which something requires grad pay for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from inpo_fast.ops.reference import _columns
+
+
+class AffineFunction(torch.autograd.Function):
+    """x' = a*x + b*y + c1*m1 + c2*m2, or its inverse: linear in x, y, m1 and m2."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [B, ...]
+        y: Tensor,  # [B, ...]
+        m1: Tensor | None,  # [B, ...]
+        m2: Tensor | None,  # [B, ...]
+        coef: Tensor,  # [4] or [B, 4]
+        kernel: Callable[..., Tensor],
+        inverse: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(coef)
+        ctx.inverse = inverse
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, y, m1, m2)]
+        return kernel(x, y, m1, m2, coef, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (coef,) = ctx.saved_tensors
+        a, *others = _columns(coef.to(torch.float64), grad.dim())
+        grad64 = grad.to(torch.float64)  # [B, ...]
+        if ctx.inverse:
+            # x' = x/a - (b/a)*y - ...
+            grad64 = grad64 / a
+            factors = [torch.ones_like(a), *(-c for c in others)]
+        else:
+            factors = [a, *others]
+        grads = [
+            (factor * grad64).to(dtype) if needed else None
+            for factor, dtype, needed in zip(
+                factors, ctx.dtypes, ctx.needs_input_grad[:4], strict=True
+            )
+        ]
+        return *grads, None, None, None
+
+
+class PreferenceErrorsFunction(torch.autograd.Function):
+    """The preference errors, differentiable in theta."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        theta: Tensor,  # [B, ...]
+        ref: Tensor | None,  # [B, ...]
+        target: Tensor,  # [B, ...]
+        kernel: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        backward_kernel: Callable[..., Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        e_theta, e_ref, d = kernel(theta, ref, target)  # [B] each
+        ctx.save_for_backward(theta, ref, target)
+        ctx.backward_kernel = backward_kernel
+        ctx.mark_non_differentiable(e_ref)
+        return e_theta, e_ref, d
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_e_theta: Tensor, grad_e_ref: Tensor, grad_d: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        theta, ref, target = ctx.saved_tensors
+        # The mean over n elements of a squared residual r has the gradient (2/n) r.
+        factor = 2.0 * max(theta.shape[0], 1) / max(theta.numel(), 1)
+        a, b = grad_e_theta * factor, grad_d * factor  # [B]
+        return ctx.backward_kernel(theta, ref, target, a, b), None, None, None, None

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schemas of ``torch.ops.inpo_fast``, their reference kernels and their fake kernels.
+
+The reference serves every device. The native extension registers kernels for its devices under
+the same names; those take precedence wherever they exist, in whichever order the two are loaded.
+
+The operators have no autograd kernel: gradients are defined by the functions of ``inpo_fast.ops``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inpo_fast.ops import reference
+
+NAMESPACE = "inpo_fast"
+
+_AFFINE = "Tensor y, Tensor? m1, Tensor? m2, Tensor coef, Tensor(STATUS!)? status"
+_LATTICE = (
+    "Tensor y, Tensor? m1, Tensor? m2, Tensor coef, {ratio}int frac_bits, Tensor(STATUS!) status"
+)
+_PLAIN = _LATTICE.format(ratio="")
+_SCALED = _LATTICE.format(ratio="Tensor ratio, ")
+
+# Alias names are by position: tensors that an operator changes are a, b, c in order.
+SCHEMAS: dict[str, str] = {
+    "affine_update": f"(Tensor x, {_AFFINE.replace('STATUS', 'a')}) -> Tensor",
+    "affine_inverse": f"(Tensor x, {_AFFINE.replace('STATUS', 'a')}) -> Tensor",
+    "affine_update_": f"(Tensor(a!) x, {_AFFINE.replace('STATUS', 'b')}) -> ()",
+    "affine_inverse_": f"(Tensor(a!) x, {_AFFINE.replace('STATUS', 'b')}) -> ()",
+    "lattice_update": f"(Tensor z, {_PLAIN.replace('STATUS', 'a')}) -> Tensor",
+    "lattice_inverse": f"(Tensor z, {_PLAIN.replace('STATUS', 'a')}) -> Tensor",
+    "lattice_update_": f"(Tensor(a!) z, {_PLAIN.replace('STATUS', 'b')}) -> ()",
+    "lattice_inverse_": f"(Tensor(a!) z, {_PLAIN.replace('STATUS', 'b')}) -> ()",
+    "lattice_scaled_update": (
+        f"(Tensor z, Tensor buffer, {_SCALED.replace('STATUS', 'a')}) -> (Tensor, Tensor)"
+    ),
+    "lattice_scaled_inverse": (
+        f"(Tensor z, Tensor buffer, {_SCALED.replace('STATUS', 'a')}) -> (Tensor, Tensor)"
+    ),
+    "lattice_scaled_update_": (
+        f"(Tensor(a!) z, Tensor(b!) buffer, {_SCALED.replace('STATUS', 'c')}) -> ()"
+    ),
+    "lattice_scaled_inverse_": (
+        f"(Tensor(a!) z, Tensor(b!) buffer, {_SCALED.replace('STATUS', 'c')}) -> ()"
+    ),
+    "lattice_encode": "(Tensor x, Tensor scale, int frac_bits, Tensor(a!) status) -> Tensor",
+    "lattice_decode": (
+        "(Tensor z, Tensor scale, int frac_bits, int copies, ScalarType dtype) -> Tensor"
+    ),
+    "preference_errors": ("(Tensor theta, Tensor? ref, Tensor target) -> (Tensor, Tensor, Tensor)"),
+    "preference_backward": (
+        "(Tensor theta, Tensor? ref, Tensor target, Tensor a, Tensor b) -> Tensor"
+    ),
+}
+
+REFERENCE: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in SCHEMAS}
+
+
+def _fake_like_first(first: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(first)
+
+
+def _fake_in_place(*args: object) -> None:
+    return None
+
+
+def _fake_like_two(z: Tensor, buffer: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(buffer)
+
+
+def _fake_encode(x: Tensor, scale: Tensor, frac_bits: int, status: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int32)
+
+
+def _fake_decode(
+    z: Tensor, scale: Tensor, frac_bits: int, copies: int, dtype: torch.dtype
+) -> Tensor:
+    return reference.empty_copies(z, copies, dtype)
+
+
+def _fake_errors(
+    theta: Tensor, ref: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    error = theta.new_empty(theta.shape[0], dtype=dtype)  # [B]
+    return error, torch.empty_like(error), torch.empty_like(error)
+
+
+_FAKE: dict[str, Callable[..., Any]] = {
+    "lattice_encode": _fake_encode,
+    "lattice_decode": _fake_decode,
+    "preference_errors": _fake_errors,
+    "preference_backward": _fake_like_first,
+}
+
+
+def _fake(name: str) -> Callable[..., Any]:
+    if name in _FAKE:
+        return _FAKE[name]
+    if name.endswith("_"):
+        return _fake_in_place
+    return _fake_like_two if "scaled" in name else _fake_like_first
+
+
+# The operators live as long as this object.
+_library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)  # type: ignore[no-untyped-call]
+    _library.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake(_name), lib=_library)
+
+OPS: dict[str, Callable[..., Any]] = {
+    name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in SCHEMAS
+}

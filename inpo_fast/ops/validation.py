@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of operator arguments: what must hold, then what came. No check reads tensor data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from inpo_fast.lattice import MAX_FRAC_BITS
+
+FLOAT64 = (torch.float64,)
+FLOAT32 = (torch.float32,)
+INT32 = (torch.int32,)
+INT64 = (torch.int64,)
+UP_TO_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
+UP_TO_FLOAT64 = (torch.float64, *UP_TO_FLOAT32)
+FLOAT32_OR_FLOAT64 = (torch.float32, torch.float64)
+
+Dtypes = tuple[torch.dtype, ...]
+
+
+def check_tensor(name: str, tensor: Tensor, dtypes: Dtypes) -> None:
+    """Check that the argument is a strided tensor of one of the dtypes."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_names(dtypes)}, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor, dtypes: Dtypes) -> None:
+    """Check a tensor [B, ...] that stands beside ``like``, [B, ...]: same shape and device."""
+    check_tensor(name, tensor, dtypes)
+    if tensor.shape != like.shape:
+        raise ValueError(
+            f"{name} must have the shape of {like_name}, {list(like.shape)}, got"
+            f" {list(tensor.shape)}"
+        )
+    _check_device(name, tensor, like_name, like)
+
+
+def check_outputs(
+    m1: Tensor | None, m2: Tensor | None, like_name: str, like: Tensor, dtypes: Dtypes
+) -> None:
+    """Check the model outputs, none, one or two, [B, ...] each, of one dtype."""
+    if m1 is None:
+        if m2 is not None:
+            raise ValueError("m1 must be given when m2 is given, got m1=None")
+        return
+    check_like("m1", m1, like_name, like, dtypes)
+    if m2 is not None:
+        check_like("m2", m2, like_name, like, dtypes)
+        if m2.dtype != m1.dtype:
+            raise TypeError(f"m2 must have the dtype of m1, {m1.dtype}, got {m2.dtype}")
+
+
+def check_rows(name: str, rows: Tensor, like_name: str, like: Tensor, dtypes: Dtypes) -> None:
+    """Check coefficients [4], or one row per sample [B, 4]."""
+    check_tensor(name, rows, dtypes)
+    shape = rows.shape
+    if len(shape) == 1:
+        valid = shape[0] == 4
+    else:
+        valid = len(shape) == 2 and shape[1] == 4 and like.dim() > 0 and shape[0] == like.shape[0]
+    if not valid:
+        batch = f" or [{like.shape[0]}, 4]" if like.dim() > 0 else ""
+        raise ValueError(
+            f"{name} must have shape [4]{batch} ({like_name} is {list(like.shape)}), got"
+            f" {list(shape)}"
+        )
+    _check_device(name, rows, like_name, like)
+    if rows.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad: it is a constant of the solver")
+
+
+def check_scale(scale: Tensor, like_name: str, like: Tensor) -> None:
+    """Check a scale [], [1], or one per sample [B]."""
+    check_tensor("scale", scale, FLOAT32_OR_FLOAT64)
+    per_sample = scale.dim() == 1 and like.dim() > 0 and scale.shape[0] == like.shape[0]
+    if not (per_sample or (scale.dim() <= 1 and scale.numel() == 1)):
+        batch = f", [1] or [{like.shape[0]}]" if like.dim() > 0 else " or [1]"
+        raise ValueError(
+            f"scale must have shape []{batch} ({like_name} is {list(like.shape)}), got"
+            f" {list(scale.shape)}"
+        )
+    _check_device("scale", scale, like_name, like)
+
+
+def check_weights(name: str, weight: Tensor, like_name: str, like: Tensor, dtypes: Dtypes) -> None:
+    """Check weights per sample, [B]."""
+    check_tensor(name, weight, dtypes)
+    if weight.shape != like.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape [{like.shape[0]}] ({like_name} is {list(like.shape)}), got"
+            f" {list(weight.shape)}"
+        )
+    _check_device(name, weight, like_name, like)
+
+
+def check_status_word(status: Tensor, like_name: str, like: Tensor) -> None:
+    """Check a status word, int32 [1]."""
+    check_tensor("status", status, INT32)
+    if status.shape != (1,):
+        raise ValueError(f"status must have shape [1], got {list(status.shape)}")
+    _check_device("status", status, like_name, like)
+
+
+def check_frac_bits(frac_bits: int) -> None:
+    """Check the number of fraction bits of a lattice."""
+    if isinstance(frac_bits, bool) or not isinstance(frac_bits, int):
+        raise TypeError(f"frac_bits must be an int, got {type(frac_bits).__name__}")
+    if not 1 <= frac_bits <= MAX_FRAC_BITS:
+        raise ValueError(f"frac_bits must be in 1..{MAX_FRAC_BITS}, got {frac_bits}")
+
+
+def check_no_grad(reason: str, **tensors: Tensor | None) -> None:
+    """Refuse tensors that require grad where no gradient is defined, rather than drop it."""
+    if torch.is_grad_enabled() and any_requires_grad(tensors.values()):
+        names = [name for name, t in tensors.items() if t is not None and t.requires_grad]
+        raise ValueError(
+            f"{', '.join(names)} must not require grad: {reason}; detach, or run under"
+            " torch.no_grad()"
+        )
+
+
+def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
+    """Say whether a tensor among the arguments requires grad."""
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}"
+        )
+
+
+def _names(dtypes: Dtypes) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)
