@@ -1,0 +1,358 @@
+"""A solver as plain data: the list of reversible updates that it runs.
+
+The state is a pair of tracks (x⁰, x¹). Each update changes one track j and looks only at the other,
+
+    x^j ← a x^j + b x^{1−j} + c m(s x^{1−j}, t)
+
+with the inverse x^j ← (x^j − b x^{1−j} − c m(s x^{1−j}, t)) / a,
+so the list run backwards with the inverses undoes it, whatever the model m is. a is an exact
+rational because the lattice scales integers by it; a = 0 starts a track, forgetting what it held. b
+and c already contain the prediction type and, through `Program.coefficients`, the guidance scale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+
+from ..schedule import Array, NoiseSchedule
+
+MAX_DENOMINATOR = 2**16
+"""Largest numerator and denominator of a (the lattice keeps B·d + d below 2^62 for B below
+2^46)."""
+
+MAX_BUFFER = 2**46
+"""Largest information buffer a program may need on the lattice; float states have none."""
+
+AMPLIFICATION_LIMIT = 1e4
+"""Programs above this warn: an error of the lattice's 1e-6 would end as 1 % of the noise."""
+
+
+class AmplificationWarning(UserWarning):
+    """A program magnifies perturbations so much that its end state may be useless."""
+
+
+def rational(value: float | Fraction) -> Fraction:
+    """The best rational n/d to `value` with n and d at most 2^16 (continued fractions)."""
+    exact = Fraction(value)
+    if not 0 < exact <= MAX_DENOMINATOR:
+        raise ValueError(f"a must be in (0, {MAX_DENOMINATOR}], got {float(value)}")
+    limit = MAX_DENOMINATOR if exact <= 1 else max(1, int(MAX_DENOMINATOR / exact))
+    best = exact.limit_denominator(limit)
+    # a positive a must stay positive to be invertible
+    return best if best else Fraction(1, MAX_DENOMINATOR)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One reversible affine update of track `track`.
+
+    Attributes:
+        track: j, the track that changes.
+        a: exact multiplier of x^j; 0 starts the track.
+        b: multiplier of the other track.
+        c: multiplier of the guided model output; 0 where there is no model call.
+        node: schedule node at which the model is called, None for no call.
+        timestep: time that the model is given.
+        model_scale: s, the model sees s x^{1−j}.
+        before, after: z per unit of track j before and after the update.
+        inverse: run the inverse of the update instead.
+        frozen: (a, b) of the same update on z with the velocity ε̂ − x̂ held fixed; the
+            amplification is read from it.
+    """
+
+    track: int
+    a: Fraction
+    b: float
+    c: float = 0.0
+    node: int | None = None
+    timestep: float = 0.0
+    model_scale: float = 1.0
+    before: float = 1.0
+    after: float = 1.0
+    inverse: bool = False
+    frozen: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        if self.track not in (0, 1):
+            raise ValueError(f"track must be 0 or 1, got {self.track}")
+        if not 0 <= self.a <= MAX_DENOMINATOR or max(self.a.as_integer_ratio()) > MAX_DENOMINATOR:
+            raise ValueError(
+                f"a must be a rational with terms up to {MAX_DENOMINATOR}, got {self.a}"
+            )
+        if self.inverse and self.a == 0:
+            raise ValueError("an update with a = 0 forgets its track and has no inverse")
+        numbers = (
+            self.b,
+            self.c,
+            self.timestep,
+            self.model_scale,
+            self.before,
+            self.after,
+            *self.frozen,
+        )
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"coefficients must be finite, got {numbers}")
+        if self.node is None and self.c != 0:
+            raise ValueError("an update without a model call must have c = 0")
+
+    @property
+    def starts(self) -> bool:
+        """Whether the update starts its track (a = 0)."""
+        return self.a == 0
+
+    @property
+    def scale(self) -> float:
+        """z per unit of track j once the update has run."""
+        return self.before if self.inverse else self.after
+
+    def inverted(self) -> Update:
+        """The update that undoes this one."""
+        return replace(self, inverse=not self.inverse)
+
+
+Ends = tuple[float | None, float | None]
+"""For both tracks: s with z = s·track, or None where the track holds nothing."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A solver's updates with what the tracks hold before and after them. Checked when made.
+
+    Attributes:
+        name: solver and parameters, e.g. `bdia(gamma=15/16)`.
+        updates: run in order.
+        start, end: what both tracks hold before the first and after the last update (`Ends`); the
+            end follows.
+        input, output: the track that carries the sample at the start and at the end.
+        order: order of convergence of the sampling direction.
+
+    Raises:
+        ValueError: where an update needs a track that holds nothing.
+
+    Warns:
+        AmplificationWarning: above `AMPLIFICATION_LIMIT`.
+    """
+
+    name: str
+    updates: tuple[Update, ...]
+    start: Ends
+    input: int
+    output: int
+    order: int
+    end: Ends = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.updates:
+            raise ValueError("a program needs at least one update")
+        if self.start[self.input] is None:
+            raise ValueError("the input track must hold something")
+        held = list(self.start)
+        for index, update in enumerate(self.updates):
+            if held[1 - update.track] is None:
+                raise ValueError(
+                    f"update {index} reads track {1 - update.track}, which holds nothing"
+                )
+            if not update.starts and held[update.track] is None:
+                raise ValueError(
+                    f"update {index} changes track {update.track}, which holds nothing"
+                )
+            held[update.track] = update.scale
+        object.__setattr__(self, "end", (held[0], held[1]))
+        if self.amplification > AMPLIFICATION_LIMIT:
+            warnings.warn(
+                f"{self.name} over {self.model_calls} model calls magnifies a perturbation up to "
+                f"{self.amplification:.1e} times: its end state may be useless however exact the "
+                "algebra is",
+                AmplificationWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def model_calls(self) -> int:
+        """Number of model evaluations (guidance batched into one)."""
+        return sum(update.node is not None for update in self.updates)
+
+    @property
+    def reversible(self) -> bool:
+        """Whether the program can be undone: no update forgets a track that held something."""
+        return not self._forgets()
+
+    def _forgets(self) -> list[int]:
+        live = [scale is not None for scale in self.start]
+        forgets = []
+        for index, update in enumerate(self.updates):
+            if update.starts and live[update.track]:
+                forgets.append(index)
+            live[update.track] = True
+        return forgets
+
+    def inverse(self) -> Program:
+        """The program that undoes this one: the list backwards, every update inverted.
+
+        An update that started an empty track is left out: the track held nothing before it, so what
+            the inverse
+        leaves there is of no use.
+
+        Raises:
+            ValueError: where an update forgets a track that held something (DDIM).
+        """
+        if forgets := self._forgets():
+            raise ValueError(
+                f"{self.name} is not reversible: update {forgets[0]} overwrites track "
+                f"{self.updates[forgets[0]].track}; use bdia, edict or obelm"
+            )
+        name = self.name.removeprefix("inverse of ")
+        return Program(
+            name=name if name != self.name else f"inverse of {name}",
+            updates=tuple(u.inverted() for u in reversed(self.updates) if not u.starts),
+            start=self.end,
+            input=self.output,
+            output=self.input,
+            order=self.order,
+        )
+
+    @cached_property
+    def amplification(self) -> float:
+        """Largest effect on the end state (maximum norm) of a unit change of the state at any
+        earlier moment.
+
+        In units of z and with the velocity ε̂ − x̂ held fixed, so it is the solver's own growth and
+        not the model's: about γ^−N for the inversion of BDIA, whose parasitic root is −1/γ.
+        """
+        worst, suffix = 1.0, np.eye(2)
+        for update in reversed(self.updates):
+            a, b = update.frozen
+            row = (1 / a, -b / a) if update.inverse else (a, b)
+            step = np.eye(2)
+            step[update.track, update.track] = row[0]
+            step[update.track, 1 - update.track] = row[1]
+            suffix = suffix @ step
+            worst = max(worst, float(np.abs(suffix).sum(axis=1).max()))
+        return worst
+
+    @cached_property
+    def max_buffer(self) -> int:
+        """Largest value that the information buffer of either track can reach, from an empty
+        one."""
+        bound, worst = [0, 0], 0
+        for update in self.updates:
+            n, d = update.a.as_integer_ratio()
+            if n == 0:
+                bound[update.track] = 0
+                continue
+            if update.inverse:
+                n, d = d, n
+            bound[update.track] = (bound[update.track] * d + d - 1) // n
+            worst = max(worst, bound[update.track])
+        return worst
+
+    @property
+    def scales(self) -> bool:
+        """Whether any update multiplies its track, so that the lattice needs an information
+        buffer."""
+        return any(update.a not in (0, 1) for update in self.updates)
+
+    def coefficients(self, guidance_scale: float | Sequence[float] | Array = 1.0) -> Array:
+        """Rows (a, b, c_1, c_2) for the operators, float64.
+
+        With guidance w the two raw model outputs get c_1 = c(1−w) (unconditional) and c_2 = c w
+        (conditional): for any affine prediction type this equals guidance on ε. With w = 1 there is
+        one output, c_1 = c.
+
+        Args:
+            guidance_scale: w, or [B] with one per sample.
+
+        Returns:
+            [U, 4], or [U, B, 4] for guidance per sample.
+        """
+        w = np.asarray(guidance_scale, dtype=np.float64)
+        if w.ndim > 1 or not np.isfinite(w).all():
+            raise ValueError(
+                f"guidance_scale must be finite numbers, one or [B], got {guidance_scale}"
+            )
+        abc = np.array([(float(u.a), u.b, u.c) for u in self.updates])  # [U, 3]
+        abc = abc.reshape(-1, *[1] * w.ndim, 3)  # [U, 3] or [U, 1, 3]
+        a, b, c = np.moveaxis(np.broadcast_to(abc, (len(abc), *w.shape, 3)), -1, 0)
+        guided = not is_unguided(guidance_scale)
+        rows = (a, b, c * (1 - w), c * w) if guided else (a, b, c, 0 * c)
+        return np.stack(rows, axis=-1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of every number of the program; equal programs have equal fingerprints."""
+        rows = [
+            (
+                *(u.track, *u.a.as_integer_ratio(), u.b.hex(), u.c.hex()),
+                *(u.node, float(u.timestep).hex(), float(u.model_scale).hex(), u.inverse),
+            )
+            for u in self.updates
+        ]
+        ends = [None if s is None else float(s).hex() for s in (*self.start, *self.end)]
+        data = json.dumps([rows, ends, self.input, self.output])
+        return hashlib.sha256(data.encode()).hexdigest()
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.name}: {self.model_calls} model calls, order {self.order}, "
+            f"amplification {self.amplification:.3g}, {'' if self.reversible else 'not '}reversible"
+        )
+        lines = [head, "  #  track       op            a              b              c  timestep"]
+        for index, u in enumerate(self.updates):
+            lines.append(
+                f"{index:3d}  x{u.track} <- x{1 - u.track}  "
+                f"{'inverse' if u.inverse else 'update ':7s} "
+                f"{u.a!s:>11s} {u.b:14.8f} {u.c:14.8f}  "
+                f"{'' if u.node is None else f'{u.timestep:g}'}"
+            )
+        return "\n".join(lines)
+
+
+def model_update(
+    schedule: NoiseSchedule,
+    node: int,
+    track: int,
+    a: Fraction,
+    skip: float,
+    gain: float,
+    *,
+    other: float = 1.0,
+    before: float = 1.0,
+    after: float = 1.0,
+) -> Update:
+    """x^j ← a x^j + skip x^{1−j} + gain F with the field F = field_z z + field_m m folded in.
+
+    Args:
+        schedule, node: where the model is called.
+        track: j.
+        a, skip, gain: coefficients in the unit of the tracks.
+        other: z per unit of the track that the model reads.
+        before, after: z per unit of the track that changes, before and after.
+    """
+    # ε̂ = (z + α v)/(α + σ) with the velocity v: what F says of z when v is held fixed
+    level = schedule.alpha[node] + schedule.sigma[node]
+    held = 0.0 if schedule.velocity_form else 1 / level
+    return Update(
+        track=track,
+        a=a,
+        b=float(skip + gain * schedule.field_z[node] * other),
+        c=float(gain * schedule.field_m[node]),
+        node=node,
+        timestep=float(schedule.timesteps[node]),
+        model_scale=float(other * schedule.input_scale[node]),
+        before=float(before),
+        after=float(after),
+        frozen=(float(a * after / before), float((skip / other + gain * held) * after)),
+    )
+
+
+def is_unguided(guidance_scale: float | Sequence[float] | Array) -> bool:
+    """Whether guidance 1 holds for the whole batch, so that one model output is enough."""
+    return bool((np.asarray(guidance_scale, dtype=np.float64) == 1).all())
