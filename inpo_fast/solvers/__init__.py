@@ -8,8 +8,7 @@ from .bdia import bdia
 from .ddim import ddim
 from .edict import edict
 from .obelm import obelm
-from .program import AmplificationWarning, Program, Update
-from .two_step import Direction
+from .program import AmplificationWarning, Direction, Program, Update
 
 SOLVERS: dict[str, Callable[..., Program]] = {
     "ddim": ddim,

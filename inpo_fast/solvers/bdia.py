@@ -14,8 +14,8 @@ from __future__ import annotations
 from fractions import Fraction
 
 from ..schedule import NoiseSchedule
-from .program import Program, Update, model_update, rational
-from .two_step import Direction, two_step_program
+from .program import Direction, Program, Update, model_update, rational
+from .two_step import two_step_program
 
 
 def bdia(

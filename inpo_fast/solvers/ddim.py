@@ -11,8 +11,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from ..schedule import NoiseSchedule
-from .program import Program, Update, model_update
-from .two_step import Direction, nodes_of
+from .program import Direction, Program, Update, model_update, nodes_of
 
 
 def ddim_update(schedule: NoiseSchedule, source: int, target: int, *, in_u: bool = False) -> Update:

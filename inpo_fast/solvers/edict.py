@@ -16,8 +16,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from ..schedule import NoiseSchedule
-from .program import Program, Update, model_update, rational
-from .two_step import Direction, nodes_of
+from .program import Direction, Program, Update, model_update, nodes_of, rational
 
 
 def edict(

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -117,6 +118,9 @@ class Update:
         """The update that undoes this one."""
         return replace(self, inverse=not self.inverse)
 
+
+Direction = Literal["sample", "invert"]
+"""Noise to data, or data to noise."""
 
 Ends = tuple[float | None, float | None]
 """For both tracks: s with z = s·track, or None where the track holds nothing."""
@@ -356,3 +360,19 @@ def model_update(
 def is_unguided(guidance_scale: float | Sequence[float] | Array) -> bool:
     """Whether guidance 1 holds for the whole batch, so that one model output is enough."""
     return bool((np.asarray(guidance_scale, dtype=np.float64) == 1).all())
+
+
+def nodes_of(schedule: NoiseSchedule, direction: Direction) -> list[int]:
+    """The nodes in the order in which `direction` visits them.
+
+    Raises:
+        ValueError: for an unknown direction.
+    """
+    rising = list(range(schedule.num_steps + 1))
+    match direction:
+        case "sample":
+            return rising[::-1]
+        case "invert":
+            return rising
+        case _:
+            raise ValueError(f"direction must be one of {get_args(Direction)}, got {direction!r}")

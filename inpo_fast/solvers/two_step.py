@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 from ..schedule import NoiseSchedule
-from .program import Program, Update
-
-Direction = Literal["sample", "invert"]
-
-
-def nodes_of(schedule: NoiseSchedule, direction: Direction) -> list[int]:
-    """The nodes in the order in which `direction` visits them.
-
-    Raises:
-        ValueError: for an unknown direction.
-    """
-    rising = list(range(schedule.num_steps + 1))
-    match direction:
-        case "sample":
-            return rising[::-1]
-        case "invert":
-            return rising
-        case _:
-            raise ValueError(f"direction must be one of {get_args(Direction)}, got {direction!r}")
+from .ddim import ddim_update
+from .program import Direction, Program, Update, nodes_of
 
 
 def two_step_program(
@@ -46,8 +28,6 @@ def two_step_program(
         order: order of convergence.
         in_u: tracks hold u = z/ℓ instead of z.
     """
-    from .ddim import ddim_update
-
     nodes = nodes_of(schedule, direction)
     start = ddim_update(schedule, nodes[0], nodes[1], in_u=in_u)
     body = [step(i) for i in nodes[1:-1]]
