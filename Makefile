@@ -19,7 +19,7 @@ KEY := $(shell { $(PYTHON) --version; pwd; echo "$(INPO_FAST_NATIVE)"; command -
 	| cksum | cut -d' ' -f1)
 DEMO := $(VENV)/.demo-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+CXX_SOURCES := $(wildcard csrc/*.*)
 
 .PHONY: demo test lint format typecheck bench soak clean
 
