@@ -108,10 +108,10 @@ def _fake(name: str) -> Callable[..., Any]:
 
 
 # The operators live as long as this object.
-_library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+_library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)  # type: ignore[no-untyped-call]
-    _library.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.define(_name + _schema)
+    _library.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake(_name), lib=_library)
 
 OPS: dict[str, Callable[..., Any]] = {
