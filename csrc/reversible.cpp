@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+// The reversible affine update on the CPU, for float states and for lattice states. The equations
+// are in inpo_fast/ops/reference.py, under the same names.
+#include "common.h"
+#include "targets.h"
+
+namespace inpo_fast {
+namespace {
+
+constexpr double kIncrementBound = 0x1p50;
+constexpr int64_t kQuotientBound = int64_t{1} << 33;
+
+// One row (a, b, c1, c2).
+struct Coefficients {
+  double a, b, c1, c2;
+
+  Coefficients(const Rows& rows, int64_t row)
+      : a(rows.at(row, 0)), b(rows.at(row, 1)), c1(rows.at(row, 2)), c2(rows.at(row, 3)) {}
+};
+
+// 2^-K and 2^K.
+struct LatticeUnit {
+  float resolution;
+  double inverse;
+
+  explicit LatticeUnit(int64_t frac_bits) {
+    STD_TORCH_CHECK(frac_bits >= 1 && frac_bits <= 30, "frac_bits must be in 1..30");
+    inverse = static_cast<double>(int64_t{1} << frac_bits);
+    resolution = static_cast<float>(1.0 / inverse);
+  }
+};
+
+// A divisor v, floor((2^64 - 1) / v), and a multiple of v just below 2^52.
+struct Divisor {
+  uint64_t value, multiplier, bias_quotient, bias;
+
+  Divisor(int64_t value, int64_t multiplier)
+      : value(static_cast<uint64_t>(value)), multiplier(static_cast<uint64_t>(multiplier)) {
+    // Not a division: a wrong ratio gives wrong numbers, not a trap.
+    bias_quotient =
+        static_cast<uint64_t>((static_cast<unsigned __int128>(this->multiplier) << 52) >> 64);
+    bias = bias_quotient * this->value;
+  }
+};
+
+struct AffineArguments {
+  Source x, y, m1, m2;
+  Rows coef;
+  int64_t per_row;
+  Sink out;
+};
+
+struct LatticeArguments {
+  const int32_t *z, *y;
+  const int64_t* buffer;
+  Source m1, m2;
+  Rows coef;
+  const int64_t* ratio;
+  bool ratio_by_sample;
+  int64_t per_row;
+  LatticeUnit unit;
+  int32_t* out;
+  int64_t* buffer_out;
+};
+
+struct EncodeArguments {
+  Source x;
+  Rows scale;
+  int64_t per_row;
+  LatticeUnit unit;
+  int32_t* out;
+};
+
+struct DecodeArguments {
+  const int32_t* z;
+  Rows scale;
+  int64_t per_row;
+  LatticeUnit unit;
+  int64_t copies, numel;
+  Sink out;
+};
+
+}  // namespace
+}  // namespace inpo_fast
+
+#define INPO_KERNELS "reversible.inl"
+#include "foreach_target.h"
+
+namespace inpo_fast {
+namespace {
+
+// Elements that share a row of constants.
+int64_t per_row(const Layout& layout, bool by_sample) {
+  return by_sample ? layout.per_sample() : layout.numel();
+}
+
+void check_outputs(const OptionalTensor& m1, const OptionalTensor& m2, const Tensor& x,
+                   bool allow_double) {
+  STD_TORCH_CHECK(m1.has_value() || !m2.has_value(), "m2 needs m1");
+  for (const OptionalTensor* m : {&m1, &m2}) {
+    if (!m->has_value()) continue;
+    check_like(**m, x);
+    check_float(**m, allow_double);
+  }
+}
+
+// --- Float states ---
+
+// The operands in one layout, alive while a kernel runs.
+template <bool kInverse, bool kInPlace>
+Tensor run_affine(const Tensor& x, const Tensor& y, const OptionalTensor& m1,
+                  const OptionalTensor& m2, const Tensor& coef, const OptionalTensor& status) {
+  const ScalarType dtype = x.scalar_type();
+  const bool wide = dtype == ScalarType::Double;
+  check_cpu(x);
+  check_float(x, true);
+  check_like(y, x);
+  check_dtype(y, dtype);
+  check_outputs(m1, m2, x, wide);
+  check_dtype(coef, wide ? ScalarType::Double : ScalarType::Float);
+  int32_t* word = status ? status_word(*status) : nullptr;
+
+  const Constants rows(coef, x, 4);
+  const Layout layout(x, rows.by_sample());
+  const Tensor x_flat = layout.input(x), y_flat = layout.input(y);
+  const OptionalTensor m1_flat = layout.input(m1), m2_flat = layout.input(m2);
+  const Tensor out = kInPlace ? layout.target(x) : layout.output(dtype);
+  const AffineArguments arguments{source(x_flat),  source(y_flat),
+                                  source(m1_flat), source(m2_flat),
+                                  rows.rows(4),    per_row(layout, rows.by_sample()),
+                                  sink(out)};
+  parallel(INPO_CHOOSE(affine<kInverse>), arguments, layout.numel(), word);
+  if constexpr (kInPlace) {
+    Layout::finish_into(x, out);
+    return x;
+  } else {
+    return layout.finish(out);
+  }
+}
+
+template <bool kInverse>
+Tensor affine(Tensor x, Tensor y, OptionalTensor m1, OptionalTensor m2, Tensor coef,
+              OptionalTensor status) {
+  return run_affine<kInverse, false>(x, y, m1, m2, coef, status);
+}
+
+template <bool kInverse>
+void affine_(Tensor x, Tensor y, OptionalTensor m1, OptionalTensor m2, Tensor coef,
+             OptionalTensor status) {
+  run_affine<kInverse, true>(x, y, m1, m2, coef, status);
+}
+
+// --- Lattice states ---
+
+const int32_t* int32_data(const Tensor& t) {
+  return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+// Without a buffer (null) the update is a plain addition.
+template <bool kInverse, bool kInPlace>
+std::tuple<Tensor, Tensor> run_lattice(const Tensor& z, const Tensor* buffer, const Tensor& y,
+                                       const OptionalTensor& m1, const OptionalTensor& m2,
+                                       const Tensor& coef, const Tensor* ratio, int64_t frac_bits,
+                                       const Tensor& status) {
+  check_cpu(z);
+  check_dtype(z, ScalarType::Int);
+  check_like(y, z);
+  check_dtype(y, ScalarType::Int);
+  check_outputs(m1, m2, z, false);
+  check_dtype(coef, ScalarType::Float);
+  int32_t* word = status_word(status);
+
+  const Constants rows(coef, z, 4);
+  std::optional<Constants> ratios;
+  if (buffer != nullptr) {
+    check_like(*buffer, z);
+    check_dtype(*buffer, ScalarType::Long);
+    check_dtype(*ratio, ScalarType::Long);
+    ratios.emplace(*ratio, z, 4);
+  }
+  const bool by_sample = rows.by_sample() || (ratios && ratios->by_sample());
+  const Layout layout(z, by_sample);
+  const Tensor z_flat = layout.input(z), y_flat = layout.input(y);
+  const OptionalTensor m1_flat = layout.input(m1), m2_flat = layout.input(m2);
+  const Tensor out = kInPlace ? layout.target(z) : layout.output(ScalarType::Int);
+  LatticeArguments arguments{int32_data(z_flat),
+                             int32_data(y_flat),
+                             nullptr,
+                             source(m1_flat),
+                             source(m2_flat),
+                             rows.rows(4),
+                             nullptr,
+                             false,
+                             per_row(layout, by_sample),
+                             LatticeUnit(frac_bits),
+                             static_cast<int32_t*>(out.mutable_data_ptr()),
+                             nullptr};
+  OptionalTensor buffer_flat, buffer_out;
+  if (buffer == nullptr) {
+    parallel(INPO_CHOOSE(lattice<kInverse>), arguments, layout.numel(), word);
+  } else {
+    buffer_flat = layout.input(*buffer);
+    buffer_out = kInPlace ? layout.target(*buffer) : layout.output(ScalarType::Long);
+    arguments.buffer = static_cast<const int64_t*>(buffer_flat->const_data_ptr());
+    arguments.buffer_out = static_cast<int64_t*>(buffer_out->mutable_data_ptr());
+    arguments.ratio = ratios->int64_data();
+    arguments.ratio_by_sample = ratios->by_sample();
+    parallel(INPO_CHOOSE(lattice_scaled<kInverse>), arguments, layout.numel(), word);
+  }
+  if constexpr (kInPlace) {
+    Layout::finish_into(z, out);
+    if (buffer != nullptr) Layout::finish_into(*buffer, *buffer_out);
+    return {z, z};
+  } else if (buffer == nullptr) {
+    return {layout.finish(out), out};
+  } else {
+    // A buffer in another layout than z keeps its own.
+    const Layout own(*buffer, false);
+    return {layout.finish(out), own.input(*buffer_out)};
+  }
+}
+
+template <bool kInverse>
+Tensor lattice(Tensor z, Tensor y, OptionalTensor m1, OptionalTensor m2, Tensor coef,
+               int64_t frac_bits, Tensor status) {
+  return std::get<0>(
+      run_lattice<kInverse, false>(z, nullptr, y, m1, m2, coef, nullptr, frac_bits, status));
+}
+
+template <bool kInverse>
+void lattice_(Tensor z, Tensor y, OptionalTensor m1, OptionalTensor m2, Tensor coef,
+              int64_t frac_bits, Tensor status) {
+  run_lattice<kInverse, true>(z, nullptr, y, m1, m2, coef, nullptr, frac_bits, status);
+}
+
+template <bool kInverse>
+std::tuple<Tensor, Tensor> lattice_scaled(Tensor z, Tensor buffer, Tensor y, OptionalTensor m1,
+                                          OptionalTensor m2, Tensor coef, Tensor ratio,
+                                          int64_t frac_bits, Tensor status) {
+  return run_lattice<kInverse, false>(z, &buffer, y, m1, m2, coef, &ratio, frac_bits, status);
+}
+
+template <bool kInverse>
+void lattice_scaled_(Tensor z, Tensor buffer, Tensor y, OptionalTensor m1, OptionalTensor m2,
+                     Tensor coef, Tensor ratio, int64_t frac_bits, Tensor status) {
+  run_lattice<kInverse, true>(z, &buffer, y, m1, m2, coef, &ratio, frac_bits, status);
+}
+
+// --- Into and out of the lattice ---
+
+void check_scale(const Tensor& scale) {
+  STD_TORCH_CHECK(
+      scale.scalar_type() == ScalarType::Float || scale.scalar_type() == ScalarType::Double,
+      "scale must be float32 or float64");
+}
+
+Tensor lattice_encode(Tensor x, Tensor scale, int64_t frac_bits, Tensor status) {
+  check_cpu(x);
+  check_float(x, true);
+  check_scale(scale);
+  const Constants scales(scale, x, 1);
+  const Layout layout(x, scales.by_sample());
+  const Tensor x_flat = layout.input(x);
+  const Tensor out = layout.output(ScalarType::Int);
+  const EncodeArguments arguments{source(x_flat), scales.rows(1),
+                                  per_row(layout, scales.by_sample()), LatticeUnit(frac_bits),
+                                  static_cast<int32_t*>(out.mutable_data_ptr())};
+  parallel(INPO_CHOOSE(encode), arguments, layout.numel(), status_word(status));
+  return layout.finish(out);
+}
+
+Tensor lattice_decode(Tensor z, Tensor scale, int64_t frac_bits, int64_t copies, ScalarType dtype) {
+  check_cpu(z);
+  check_dtype(z, ScalarType::Int);
+  check_scale(scale);
+  STD_TORCH_CHECK(copies == 1 || (copies == 2 && z.dim() > 0), "copies must be 1 or 2");
+  const Constants scales(scale, z, 1);
+  const Layout layout(z, scales.by_sample() || copies > 1);
+  const Tensor z_flat = layout.input(z);
+  const Tensor out = layout.output(dtype, copies);
+  check_float(out, true);
+  const DecodeArguments arguments{int32_data(z_flat),
+                                  scales.rows(1),
+                                  per_row(layout, scales.by_sample()),
+                                  LatticeUnit(frac_bits),
+                                  copies,
+                                  layout.numel(),
+                                  sink(out)};
+  parallel(INPO_CHOOSE(decode), arguments, layout.numel(), nullptr);
+  return copies == 1 ? layout.finish(out) : out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(inpo_fast, CPU, m) {
+  m.impl("affine_update", TORCH_BOX(&affine<false>));
+  m.impl("affine_inverse", TORCH_BOX(&affine<true>));
+  m.impl("affine_update_", TORCH_BOX(&affine_<false>));
+  m.impl("affine_inverse_", TORCH_BOX(&affine_<true>));
+  m.impl("lattice_update", TORCH_BOX(&lattice<false>));
+  m.impl("lattice_inverse", TORCH_BOX(&lattice<true>));
+  m.impl("lattice_update_", TORCH_BOX(&lattice_<false>));
+  m.impl("lattice_inverse_", TORCH_BOX(&lattice_<true>));
+  m.impl("lattice_scaled_update", TORCH_BOX(&lattice_scaled<false>));
+  m.impl("lattice_scaled_inverse", TORCH_BOX(&lattice_scaled<true>));
+  m.impl("lattice_scaled_update_", TORCH_BOX(&lattice_scaled_<false>));
+  m.impl("lattice_scaled_inverse_", TORCH_BOX(&lattice_scaled_<true>));
+  m.impl("lattice_encode", TORCH_BOX(&lattice_encode));
+  m.impl("lattice_decode", TORCH_BOX(&lattice_decode));
+}
+
+}  // namespace inpo_fast

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels of the reversible update on elements [begin, end). Included by foreach_target.h.
+
+#include "tile.inl"
+
+namespace inpo_fast {
+namespace INPO_TARGET {
+
+// (b*y + c1*m1) + c2*m2 in double, for the number of model outputs that there is.
+template <int kOutputs, class T>
+inline double increment(const Coefficients& row, T y, const T* m1, const T* m2, int64_t i) {
+  double total = row.b * static_cast<double>(y);
+  if constexpr (kOutputs > 0) total = total + row.c1 * static_cast<double>(m1[i]);
+  if constexpr (kOutputs > 1) total = total + row.c2 * static_cast<double>(m2[i]);
+  return total;
+}
+
+// --- Float states ---
+
+template <class T, bool kInverse, int kOutputs>
+inline void affine_tile(const Coefficients& row, const T* __restrict x, const T* __restrict y,
+                        const T* __restrict m1, const T* __restrict m2, int64_t n,
+                        T* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double delta = increment<kOutputs>(row, y[i], m1, m2, i);
+    const double value = static_cast<double>(x[i]);
+    out[i] = static_cast<T>(kInverse ? (value - delta) / row.a : row.a * value + delta);
+  }
+}
+
+template <class T, bool kInverse>
+int32_t affine_range(const AffineArguments& arguments, int64_t begin, int64_t end) {
+  alignas(64) T scratch[4][kTile];
+  alignas(64) T out[kTile];
+  bool nonfinite = false;
+  for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
+    const Coefficients row(arguments.coef, tile.row);
+    const int64_t n = tile.size;
+    const T* x = load_tile(arguments.x, tile.begin, n, scratch[0]);
+    const T* y = load_tile(arguments.y, tile.begin, n, scratch[1]);
+    const T* m1 = load_tile(arguments.m1, tile.begin, n, scratch[2]);
+    const T* m2 = load_tile(arguments.m2, tile.begin, n, scratch[3]);
+    if (m2 != nullptr) {
+      affine_tile<T, kInverse, 2>(row, x, y, m1, m2, n, out);
+    } else if (m1 != nullptr) {
+      affine_tile<T, kInverse, 1>(row, x, y, m1, m2, n, out);
+    } else {
+      affine_tile<T, kInverse, 0>(row, x, y, m1, m2, n, out);
+    }
+    nonfinite |= store_tile(out, arguments.out, tile.begin, n);
+  }
+  return nonfinite ? kStatusNonfinite : 0;
+}
+
+template <bool kInverse>
+int32_t affine(const AffineArguments& arguments, int64_t begin, int64_t end) {
+  return arguments.out.dtype == ScalarType::Double
+             ? affine_range<double, kInverse>(arguments, begin, end)
+             : affine_range<float, kInverse>(arguments, begin, end);
+}
+
+// --- Lattice states ---
+
+// rint(value * unit), half to even, within +-kIncrementBound; 0 if the value is not finite.
+inline double quantize(double value, double unit, int64_t& nonfinite) {
+  const bool finite = __builtin_fabs(value) <= __DBL_MAX__;
+  nonfinite |= finite ? 0 : 1;
+  double scaled = finite ? value * unit : 0.0;
+  scaled = scaled > kIncrementBound ? kIncrementBound : scaled;
+  scaled = scaled < -kIncrementBound ? -kIncrementBound : scaled;
+  // A double of this size has no bits below the unit, so the addition rounds, half to even.
+  constexpr double kRounder = 0x1.8p52;
+  return (scaled + kRounder) - kRounder;
+}
+
+// The value in int32, saturated. All operands below 2^53 are exact in double.
+inline int32_t saturate(double value, int64_t& out_of_range) {
+  double inside = value > 2147483647.0 ? 2147483647.0 : value;
+  inside = inside < -2147483648.0 ? -2147483648.0 : inside;
+  out_of_range |= inside == value ? 0 : 1;
+  return static_cast<int32_t>(inside);
+}
+
+inline int32_t status_bits(int64_t out_of_range, int64_t nonfinite) {
+  return (out_of_range != 0 ? kStatusRange : 0) | (nonfinite != 0 ? kStatusNonfinite : 0);
+}
+
+template <int kOutputs>
+inline void quantize_tile(const Coefficients& row, const LatticeUnit& unit,
+                          const int32_t* __restrict y, const float* __restrict m1,
+                          const float* __restrict m2, int64_t n, int64_t& nonfinite,
+                          double* __restrict q) {
+  int64_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = static_cast<float>(y[i]) * unit.resolution;
+    q[i] = quantize(increment<kOutputs>(row, value, m1, m2, i), unit.inverse, bad);
+  }
+  nonfinite |= bad;
+}
+
+// The quantized increments of a tile, [n], in q.
+inline void increment_tile(const LatticeArguments& arguments, const Tile& tile, int64_t& nonfinite,
+                           double* q) {
+  alignas(64) float scratch[2][kTile];
+  const Coefficients row(arguments.coef, tile.row);
+  const int64_t n = tile.size;
+  const int32_t* y = arguments.y + tile.begin;
+  const float* m1 = load_tile(arguments.m1, tile.begin, n, scratch[0]);
+  const float* m2 = load_tile(arguments.m2, tile.begin, n, scratch[1]);
+  if (m2 != nullptr) {
+    quantize_tile<2>(row, arguments.unit, y, m1, m2, n, nonfinite, q);
+  } else if (m1 != nullptr) {
+    quantize_tile<1>(row, arguments.unit, y, m1, m2, n, nonfinite, q);
+  } else {
+    quantize_tile<0>(row, arguments.unit, y, m1, m2, n, nonfinite, q);
+  }
+}
+
+template <bool kInverse>
+inline void add_tile(const int32_t* z, const double* __restrict q, int64_t n, int64_t& out_of_range,
+                     int32_t* out) {
+  int64_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = static_cast<double>(z[i]);
+    out[i] = saturate(kInverse ? value - q[i] : value + q[i], bad);
+  }
+  out_of_range |= bad;
+}
+
+template <bool kInverse>
+int32_t lattice(const LatticeArguments& arguments, int64_t begin, int64_t end) {
+  alignas(64) double q[kTile];
+  int64_t out_of_range = 0, nonfinite = 0;
+  for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
+    increment_tile(arguments, tile, nonfinite, q);
+    add_tile<kInverse>(arguments.z + tile.begin, q, tile.size, out_of_range,
+                       arguments.out + tile.begin);
+  }
+  return status_bits(out_of_range, nonfinite);
+}
+
+// x / v for 0 <= x < 2^63: the high half of a product, which is at most one too small.
+inline uint64_t divide(uint64_t x, const Divisor& v, uint64_t& remainder) {
+  uint64_t quotient = static_cast<uint64_t>(static_cast<unsigned __int128>(x) * v.multiplier >> 64);
+  remainder = x - quotient * v.value;
+  const bool low = remainder >= v.value;
+  quotient += low ? 1 : 0;
+  remainder -= low ? v.value : 0;
+  return quotient;
+}
+
+// Scales (z, buffer) by n/d and returns the new z. |z| < 2^51.
+inline int64_t scale(int64_t z, uint64_t& buffer, const Divisor& n, const Divisor& d) {
+  // The bias is a multiple of d that makes z positive.
+  uint64_t rest;
+  int64_t quotient = static_cast<int64_t>(divide(static_cast<uint64_t>(z) + d.bias, d, rest)) -
+                     static_cast<int64_t>(d.bias_quotient);
+  quotient = quotient > kQuotientBound ? kQuotientBound : quotient;
+  quotient = quotient < -kQuotientBound ? -kQuotientBound : quotient;
+  buffer = divide(buffer * d.value + rest, n, rest);
+  return quotient * static_cast<int64_t>(n.value) + static_cast<int64_t>(rest);
+}
+
+template <bool kInverse>
+int32_t lattice_scaled(const LatticeArguments& arguments, int64_t begin, int64_t end) {
+  alignas(64) double q[kTile];
+  int64_t out_of_range = 0, nonfinite = 0;
+  for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
+    increment_tile(arguments, tile, nonfinite, q);
+    const int64_t* ratio = arguments.ratio + (arguments.ratio_by_sample ? 4 * tile.row : 0);
+    const Divisor n(ratio[0], ratio[2]), d(ratio[1], ratio[3]);
+    const int32_t* z = arguments.z + tile.begin;
+    const int64_t* buffer = arguments.buffer + tile.begin;
+    int32_t* out = arguments.out + tile.begin;
+    int64_t* buffer_out = arguments.buffer_out + tile.begin;
+    for (int64_t i = 0; i < tile.size; ++i) {
+      uint64_t kept = static_cast<uint64_t>(buffer[i]);
+      const int64_t delta = static_cast<int64_t>(q[i]);
+      const int64_t value =
+          kInverse ? scale(z[i] - delta, kept, d, n) : scale(z[i], kept, n, d) + delta;
+      buffer_out[i] = static_cast<int64_t>(kept);
+      out[i] = saturate(static_cast<double>(value), out_of_range);
+    }
+  }
+  return status_bits(out_of_range, nonfinite);
+}
+
+// --- Into and out of the lattice ---
+
+template <class T>
+inline void encode_tile(const T* __restrict x, double scale, double unit, int64_t n,
+                        int64_t& out_of_range, int64_t& nonfinite, int32_t* __restrict out) {
+  int64_t outside = 0, bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = saturate(quantize(static_cast<double>(x[i]) * scale, unit, bad), outside);
+  }
+  out_of_range |= outside;
+  nonfinite |= bad;
+}
+
+template <class T>
+int32_t encode_range(const EncodeArguments& arguments, int64_t begin, int64_t end) {
+  alignas(64) T scratch[kTile];
+  int64_t out_of_range = 0, nonfinite = 0;
+  for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
+    const T* x = load_tile(arguments.x, tile.begin, tile.size, scratch);
+    encode_tile(x, arguments.scale.at(tile.row, 0), arguments.unit.inverse, tile.size, out_of_range,
+                nonfinite, arguments.out + tile.begin);
+  }
+  return status_bits(out_of_range, nonfinite);
+}
+
+int32_t encode(const EncodeArguments& arguments, int64_t begin, int64_t end) {
+  return arguments.x.dtype == ScalarType::Double ? encode_range<double>(arguments, begin, end)
+                                                 : encode_range<float>(arguments, begin, end);
+}
+
+inline void decode_tile(const int32_t* __restrict z, double scale, float resolution, int64_t n,
+                        float* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = static_cast<float>(z[i]) * resolution;
+    out[i] = static_cast<float>(static_cast<double>(value) * scale);
+  }
+}
+
+int32_t decode(const DecodeArguments& arguments, int64_t begin, int64_t end) {
+  alignas(64) float out[kTile];
+  for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
+    decode_tile(arguments.z + tile.begin, arguments.scale.at(tile.row, 0),
+                arguments.unit.resolution, tile.size, out);
+    for (int64_t copy = 0; copy < arguments.copies; ++copy) {
+      store_tile(out, arguments.out, tile.begin + copy * arguments.numel, tile.size);
+    }
+  }
+  return 0;
+}
+
+}  // namespace INPO_TARGET
+}  // namespace inpo_fast
