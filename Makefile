@@ -14,12 +14,15 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
 # Names the state of everything that an installed environment depends on, so that a stamp file with
 # this name means "nothing to do" whatever the clock says.
-KEY := $(shell { $(PYTHON) --version; pwd; echo "$(INPO_FAST_NATIVE)"; command -v c++ g++ clang++; \
+KEY := $(shell { $(PYTHON) --version; pwd; echo "$(INPO_FAST_NATIVE)"; command -v "$${CXX:-c++}"; \
 	cat .constraints.txt pyproject.toml setup.py $$(find csrc -type f | LC_ALL=C sort); } 2>&1 \
 	| cksum | cut -d' ' -f1)
 DEMO := $(VENV)/.demo-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
 CXX_SOURCES := $(wildcard csrc/*.*)
+
+HAS_HEADERS := import os, sys, sysconfig; \
+	sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
 
 .PHONY: demo test lint format typecheck bench soak clean
 
@@ -68,11 +71,18 @@ $(DEMO) $(DEV):
 		$(PYTHON) -m venv --clear $(VENV) \
 			|| { echo "make: could not create $(VENV), see above" >&2; exit 1; }; \
 	fi
-	@rm -f $(VENV)/.demo-* $(VENV)/.dev-*
+# An extension of an earlier build would be loaded even where this build makes none.
+	@rm -f $(VENV)/.demo-* $(VENV)/.dev-* inpo_fast/_C*.so
 	@echo "==> installing pinned torch (minutes when it must be downloaded)"
 # The build needs torch, and must use this one: hence no build isolation in the second step.
 	@$(PIP) install -c .constraints.txt torch setuptools pybind11 ninja \
 		|| { echo "make: pip could not install torch, see above" >&2; exit 1; }
+	@if [ "$$INPO_FAST_NATIVE" = 0 ]; then echo "==> INPO_FAST_NATIVE=0: no native extension"; \
+	elif ! command -v "$${CXX:-c++}" >/dev/null; then \
+		echo "==> no C++ compiler: no native extension, the reference backend serves"; \
+	elif ! $(PY) -c '$(HAS_HEADERS)'; then \
+		echo "==> no Python.h (Debian: apt install python3-dev): no native extension, the reference backend serves"; \
+	fi
 	@echo "==> installing pinned dependencies and building inpo_fast[$(EXTRAS)]"
 	@$(PIP) install -c .constraints.txt --no-build-isolation -e '.[$(EXTRAS)]' \
 		|| { echo "make: pip could not install inpo_fast, see above" >&2; exit 1; }
