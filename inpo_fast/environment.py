@@ -118,6 +118,6 @@ def _as_text(found: dict[str, Any]) -> str:
     for title, rows in sections.items():
         lines.append(title)
         for name, value in rows.items():
-            text = ", ".join(value) if isinstance(value, list) else value
+            text = ", ".join(value) or "none" if isinstance(value, list) else value
             lines.append(f"  {name:<21}{text}")
     return "\n".join(lines)
