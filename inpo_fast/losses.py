@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -51,15 +52,15 @@ def dpo_loss(
         impl: backend of the reduction.
 
     Raises:
-        ValueError: an odd or empty batch, a negative β, or arguments that `preference_errors`
-            refuses.
+        ValueError: an odd or empty batch, a negative or infinite β, or arguments that
+            `preference_errors` refuses.
     """
     if policy.ndim < 1 or policy.shape[0] == 0 or policy.shape[0] % 2:
         raise ValueError(
             f"policy must be [2P, …] with P ≥ 1 winners, then losers, got {tuple(policy.shape)}"
         )
-    if not beta >= 0:
-        raise ValueError(f"beta must be at least 0, got {beta}")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and at least 0, got {beta}")
     errors = ops.preference_errors(policy, reference, target, impl=impl)
     winner, loser = (errors.e_theta - errors.e_ref).chunk(2)  # [P] each
     logits = -0.5 * beta * (winner - loser)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -18,7 +20,14 @@ from tqdm.auto import tqdm
 
 from . import ops
 from .lattice import DEFAULT_FRAC_BITS, lattice_range, ratio_row
-from .solvers.program import MAX_BUFFER, Ends, Program, Update, is_unguided
+from .solvers.program import (
+    MAX_BUFFER,
+    AmplificationWarning,
+    Ends,
+    Program,
+    Update,
+    is_unguided,
+)
 
 Model: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """model(sample [G·B, …], timestep [G·B]) → raw output [G·B, …], any prediction type."""
@@ -48,7 +57,10 @@ class State:
         position: number of updates done.
         frac_bits: K of the lattice, None for floating tracks.
         program: fingerprint of the program that ran.
-        inverse: fingerprint of the program that undoes it, None where there is none.
+        inverse: fingerprint of the program that undoes it, None where there is none and while the
+            run is unfinished.
+        status: the status words of the run that this state is a moment of, read by `save`; None
+            once they have been checked.
     """
 
     tracks: Pair
@@ -59,6 +71,7 @@ class State:
     frac_bits: int | None
     program: str
     inverse: str | None
+    status: Tensor | None = field(default=None, repr=False)
 
     def sample(self) -> Tensor:
         """[B, …] the sample z that the output track carries, float32 (or the dtype of a floating
@@ -75,7 +88,8 @@ class State:
         something."""
         mine, theirs = self._tensors(), other._tensors()
         common = mine.keys() & theirs.keys()
-        same = self.output == other.output and all(torch.equal(mine[k], theirs[k]) for k in common)
+        same = (self.output, self.frac_bits) == (other.output, other.frac_bits)
+        same = same and all(torch.equal(mine[k], theirs[k]) for k in common)
         return same and f"track{self.output}" in common
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -90,7 +104,13 @@ class State:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as safetensors, under a temporary name first; an interrupted write leaves
-        nothing behind."""
+        nothing behind.
+
+        Raises:
+            LatticeRangeError, NonFiniteError: the run has gone wrong before this moment.
+        """
+        if self.status is not None:
+            ops.check_status(self.status)
         path = Path(path)
         fields = {
             "format": _FORMAT,
@@ -169,6 +189,10 @@ class State:
         if held[0].dtype not in dtypes or len({t.dtype for t in held}) > 1:
             raise ValueError(
                 f"{path} holds tracks of dtype {held[0].dtype}, expected one of {dtypes}"
+            )
+        if self.position < 0 or not all(s is None or math.isfinite(s) for s in self.scales):
+            raise ValueError(
+                f"{path} has a damaged header: position {self.position}, scales {self.scales}"
             )
         if len({t.shape for t in tensors}) > 1:
             raise ValueError(f"{path} holds tracks of different shapes")
@@ -267,8 +291,12 @@ class Sampler:
             program.coefficients(guidance_scale)
         )  # [U, 4] or [U, B, 4]
         self._copies = 1 if is_unguided(guidance_scale) else 2
-        self._inverse_fingerprint = program.inverse().fingerprint if program.reversible else None
+        with warnings.catch_warnings():
+            # the amplification of the inverse concerns only those who run it
+            warnings.simplefilter("ignore", AmplificationWarning)
+            self._inverse = program.inverse().fingerprint if program.reversible else None
 
+    @torch.no_grad()
     def start(self, sample: Tensor) -> State:
         """The state before the first update: `sample` [B, …] on the program's input track.
 
@@ -289,6 +317,9 @@ class Sampler:
             )
         scale = program.start[program.input]
         assert scale is not None
+        # one layout, whatever the caller's: a saved state has it too, and the model's bits may
+        # depend on it
+        sample = sample.contiguous()
         if self.frac_bits is None:
             track = (sample.double() / scale).to(_FLOAT_STATES[self.state])
         else:
@@ -302,6 +333,10 @@ class Sampler:
         return self._state([track] * 2, [buffer] * 2, program.start, program.input, 0)
 
     @property
+    def _wide(self) -> bool:
+        return self.state == "float64"
+
+    @property
     def _scaled(self) -> bool:
         return self.frac_bits is not None and self.program.scales
 
@@ -313,6 +348,8 @@ class Sampler:
             raise ValueError(
                 f"the state has frac_bits {state.frac_bits}, the sampler {self.frac_bits}"
             )
+        if state.status is not None:
+            ops.check_status(state.status)
         held = state.tracks[state.output]
         assert held is not None
         if self.frac_bits is None and held.dtype != _FLOAT_STATES[self.state]:
@@ -329,7 +366,7 @@ class Sampler:
 
     def _rows(self, device: torch.device, status: Tensor) -> list[_Row]:
         updates = self.program.updates
-        dtype = torch.float64 if self.state == "float64" else torch.float32
+        dtype = torch.float64 if self._wide else torch.float32
         coef = self._coefficients.to(device, dtype)  # [U, 4] or [U, B, 4]
         # a = 0 starts a track that is set to zero, so the lattice adds with n/d = 1
         terms = [u.a.as_integer_ratio() if u.a else (1, 1) for u in updates]
@@ -337,9 +374,10 @@ class Sampler:
         scale = torch.tensor(
             [u.model_scale for u in updates], dtype=torch.float64, device=device
         )  # [U]
+        # the dtype follows the table, not the values, so that it is the same in every program on it
+        discrete = all(isinstance(u.timestep, int) for u in updates if u.node is not None)
         times = torch.tensor([u.timestep for u in updates], dtype=torch.float64)  # [U]
-        integral = bool((times == times.round()).all())
-        times = times.to(device, torch.int64 if integral else torch.float32)
+        times = times.to(device, torch.int64 if discrete else torch.float32)
         rows = zip(updates, coef, status, ratio, scale, times, strict=True)
         return [_Row(*row) for row in rows]
 
@@ -398,7 +436,7 @@ class Sampler:
                 bar.update(update.node is not None)
                 if callback is not None:
                     current = self._state(
-                        tracks, buffers, (held[0], held[1]), update.track, index + 1
+                        tracks, buffers, (held[0], held[1]), update.track, index + 1, status
                     )
                     callback(index, update, current)
         ops.check_status(status, self._describe)
@@ -411,6 +449,7 @@ class Sampler:
         scales: Ends,
         output: int,
         position: int,
+        status: Tensor | None = None,
     ) -> State:
         kept = [scale is not None for scale in scales]
         return State(
@@ -421,7 +460,8 @@ class Sampler:
             position=position,
             frac_bits=self.frac_bits,
             program=self.program.fingerprint,
-            inverse=self._inverse_fingerprint,
+            inverse=self._inverse if position == len(self.program.updates) else None,
+            status=status,
         )
 
     def _apply(self, row: _Row, tracks: list[Tensor], buffers: list[Tensor | None]) -> None:
@@ -429,15 +469,17 @@ class Sampler:
         update = row.update
         j, y = update.track, tracks[1 - update.track]
         m1, m2 = (None, None) if update.node is None else self._call(row, y)
+        buffer = buffers[j]
         if update.starts:
             tracks[j].zero_()
+            if buffer is not None:
+                buffer.zero_()
         options: dict[str, Any] = {"status": row.status, "impl": self.impl}
         if self.frac_bits is None:
             affine = ops.affine_inverse_ if update.inverse else ops.affine_update_
             affine(tracks[j], y, row.coef, m1, m2, **options)
             return
         options["frac_bits"] = self.frac_bits
-        buffer = buffers[j]
         if buffer is None or update.a in (0, 1):
             plain = ops.lattice_inverse_ if update.inverse else ops.lattice_update_
             plain(tracks[j], y, row.coef, m1, m2, **options)
@@ -464,11 +506,16 @@ class Sampler:
                 impl=self.impl,
             )
         output = self.model(sample, row.timestep.expand(len(sample)))
-        if not isinstance(output, Tensor) or output.shape != sample.shape:
-            came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model must return a tensor, got {type(output).__name__}")
+        if output.shape != sample.shape:
             raise ValueError(
-                f"model must return a tensor of shape {tuple(sample.shape)}, got {came}"
+                f"model must return a tensor of shape {tuple(sample.shape)}, "
+                f"got {tuple(output.shape)}"
             )
+        allowed = [d for d in _FLOAT_STATES.values() if d != torch.float64 or self._wide]
+        if output.dtype not in allowed:
+            raise TypeError(f"model must return one of {allowed}, got {output.dtype}")
         if self._copies == 1:
             return output, None
         unconditional, conditional = output.tensor_split(2)
@@ -486,5 +533,11 @@ class Sampler:
 @contextlib.contextmanager
 def _reproducible() -> Iterator[None]:
     """cuDNN's deterministic algorithms, chosen without benchmarking, while a program runs."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    cudnn = torch.backends.cudnn
+    # not cudnn.flags(): it would also reset the settings that it is not given, TF32 among them
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
         yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before

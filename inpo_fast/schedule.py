@@ -81,6 +81,10 @@ class NoiseSchedule:
                 f"prediction_type must be one of {get_args(PredictionType)}, "
                 f"got {self.prediction_type!r}"
             )
+        if self.prediction_type == "edm" and self.kind != "ve":
+            raise ValueError(
+                f"edm prediction is defined for z = x + σ ε, kind 've', got kind {self.kind!r}"
+            )
         if not (np.isfinite(self.sigma_data) and self.sigma_data > 0):
             raise ValueError(f"sigma_data must be positive, got {self.sigma_data}")
         for name in ("timesteps", "alpha", "sigma"):
@@ -176,6 +180,11 @@ class NoiseSchedule:
         """N, the number of steps of the grid."""
         return len(self.alpha) - 1
 
+    @property
+    def discrete(self) -> bool:
+        """Whether the model's time is an index of a table of timesteps, given to it as integers."""
+        return self.kind == "vp" and bool((self.timesteps == np.rint(self.timesteps)).all())
+
     def callable_at(self, node: int) -> bool:
         """Whether the model's output can be read at `node` (a `sample` model says nothing about ε
         at σ = 0)."""
@@ -240,10 +249,12 @@ class NoiseSchedule:
         The shift is eq. 23 of Esser et al. 2024; the model's time is s · `num_train_timesteps`.
         """
         _require_steps(num_steps)
-        if not shift > 0:
+        if not 0 < shift < np.inf:
             raise ValueError(f"shift must be positive, got {shift}")
         s = np.linspace(0, 1, num_steps + 1)
-        return cls._from_flow_sigmas(shift * s / (1 + (shift - 1) * s), num_train_timesteps)
+        # at s = 1 the quotient k / (1 + (k−1)) may round to more than 1
+        sigmas = np.minimum(shift * s / (1 + (shift - 1) * s), 1)
+        return cls._from_flow_sigmas(sigmas, num_train_timesteps)
 
     @classmethod
     def _from_flow_sigmas(cls, sigmas: Array, num_train_timesteps: int) -> NoiseSchedule:
@@ -295,16 +306,30 @@ class NoiseSchedule:
         """The grid that a diffusers scheduler defines; the scheduler itself is left as it was.
 
         Schedulers with an `alphas_cumprod` table give a `vp` schedule: the float32 ᾱ is taken as it
-        is and all else is derived in float64. Flow-matching schedulers give a `flow` schedule with
-        their own shift.
+        is and all else is derived in float64. Whatever their class, the timesteps are laid out as
+        `DDIMScheduler.from_config(scheduler.config)` does, which is what a DDIM-type solver runs
+        on: multistep schedulers use other grids of their own. Flow-matching schedulers give a
+        `flow` schedule with their own sigmas.
 
         Args:
             scheduler: e.g. `pipe.scheduler`.
             num_inference_steps: N; give this or `timesteps` (`alphas_cumprod` schedulers only).
             timesteps: explicit timesteps of nodes N … 1, falling.
             mu: dynamic shift for flow-matching schedulers with `use_dynamic_shifting`.
+
+        Raises:
+            TypeError: not a scheduler.
+            ValueError: a scheduler without such a grid, or arguments that do not belong to it.
         """
+        if not hasattr(scheduler, "config"):
+            raise TypeError(
+                f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__}"
+            )
         config = scheduler.config
+        if mu is not None and not getattr(config, "use_dynamic_shifting", False):
+            raise ValueError(
+                f"mu needs a scheduler with use_dynamic_shifting, got {type(scheduler).__name__}"
+            )
         if "FlowMatch" in type(scheduler).__name__:
             if num_inference_steps is None or timesteps is not None:
                 raise ValueError("a flow-matching schedule needs num_inference_steps")
@@ -347,6 +372,10 @@ def spaced_timesteps(
 ) -> NDArray[np.int64]:
     """[N] rising integer timesteps laid out as diffusers does (Lin et al. 2023, table 2)."""
     _require_steps(num_steps)
+    if isinstance(steps_offset, bool) or not isinstance(steps_offset, (int, np.integer)):
+        raise TypeError(f"steps_offset must be an integer, got {type(steps_offset).__name__}")
+    if steps_offset < 0:
+        raise ValueError(f"steps_offset must be at least 0, got {steps_offset}")
     total = num_train_timesteps
     if num_steps > total:
         raise ValueError(

@@ -61,12 +61,12 @@ class Update:
         b: multiplier of the other track.
         c: multiplier of the guided model output; 0 where there is no model call.
         node: schedule node at which the model is called, None for no call.
-        timestep: time that the model is given.
+        timestep: time that the model is given, an int where it is an index of a table.
         model_scale: s, the model sees s x^{1−j}.
         before, after: z per unit of track j before and after the update.
         inverse: run the inverse of the update instead.
         frozen: (a, b) of the same update on z with the velocity ε̂ − x̂ held fixed; the
-            amplification is read from it.
+            amplification is read from it. None stands for (a, b) themselves.
     """
 
     track: int
@@ -79,7 +79,7 @@ class Update:
     before: float = 1.0
     after: float = 1.0
     inverse: bool = False
-    frozen: tuple[float, float] = (0.0, 0.0)
+    frozen: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.track not in (0, 1):
@@ -91,18 +91,23 @@ class Update:
         if self.inverse and self.a == 0:
             raise ValueError("an update with a = 0 forgets its track and has no inverse")
         numbers = (
-            self.b,
-            self.c,
-            self.timestep,
-            self.model_scale,
-            self.before,
-            self.after,
-            *self.frozen,
+            *(self.b, self.c, self.timestep, self.model_scale, self.before, self.after),
+            *self.frozen_coefficients,
         )
         if not np.isfinite(numbers).all():
             raise ValueError(f"coefficients must be finite, got {numbers}")
         if self.node is None and self.c != 0:
             raise ValueError("an update without a model call must have c = 0")
+
+        if (self.a == 0) != (self.frozen_coefficients[0] == 0):
+            raise ValueError(
+                f"frozen must scale the track as a does, got {self.frozen} for a = {self.a}"
+            )
+
+    @property
+    def frozen_coefficients(self) -> tuple[float, float]:
+        """`frozen`, or what it stands for."""
+        return (float(self.a), self.b) if self.frozen is None else self.frozen
 
     @property
     def starts(self) -> bool:
@@ -138,6 +143,8 @@ class Program:
         input, output: the track that carries the sample at the start and at the end.
         order: order of convergence of the sampling direction.
 
+    The inverse of a one-step program has no updates: both tracks already hold what it started from.
+
     Raises:
         ValueError: where an update needs a track that holds nothing.
 
@@ -154,8 +161,8 @@ class Program:
     end: Ends = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.updates:
-            raise ValueError("a program needs at least one update")
+        if self.input not in (0, 1) or self.output not in (0, 1):
+            raise ValueError(f"input and output must be 0 or 1, got {self.input} and {self.output}")
         if self.start[self.input] is None:
             raise ValueError("the input track must hold something")
         held = list(self.start)
@@ -169,6 +176,8 @@ class Program:
                     f"update {index} changes track {update.track}, which holds nothing"
                 )
             held[update.track] = update.scale
+        if held[self.output] is None:
+            raise ValueError("the output track holds nothing at the end")
         object.__setattr__(self, "end", (held[0], held[1]))
         if self.amplification > AMPLIFICATION_LIMIT:
             warnings.warn(
@@ -202,8 +211,7 @@ class Program:
         """The program that undoes this one: the list backwards, every update inverted.
 
         An update that started an empty track is left out: the track held nothing before it, so what
-            the inverse
-        leaves there is of no use.
+        the inverse leaves there is of no use.
 
         Raises:
             ValueError: where an update forgets a track that held something (DDIM).
@@ -233,7 +241,7 @@ class Program:
         """
         worst, suffix = 1.0, np.eye(2)
         for update in reversed(self.updates):
-            a, b = update.frozen
+            a, b = update.frozen_coefficients
             row = (1 / a, -b / a) if update.inverse else (a, b)
             step = np.eye(2)
             step[update.track, update.track] = row[0]
@@ -291,15 +299,16 @@ class Program:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of every number of the program; equal programs have equal fingerprints."""
+        """SHA-256 of every number that a run reads; equal programs have equal fingerprints."""
+        # json writes a float with the digits that give it back, so 981 and 981.0 differ
         rows = [
             (
-                *(u.track, *u.a.as_integer_ratio(), u.b.hex(), u.c.hex()),
-                *(u.node, float(u.timestep).hex(), float(u.model_scale).hex(), u.inverse),
+                *(u.track, *u.a.as_integer_ratio(), float(u.b), float(u.c), u.inverse),
+                *(u.node, u.timestep, float(u.model_scale), float(u.before), float(u.after)),
             )
             for u in self.updates
         ]
-        ends = [None if s is None else float(s).hex() for s in (*self.start, *self.end)]
+        ends = [None if s is None else float(s) for s in (*self.start, *self.end)]
         data = json.dumps([rows, ends, self.input, self.output])
         return hashlib.sha256(data.encode()).hexdigest()
 
@@ -349,7 +358,7 @@ def model_update(
         b=float(skip + gain * schedule.field_z[node] * other),
         c=float(gain * schedule.field_m[node]),
         node=node,
-        timestep=float(schedule.timesteps[node]),
+        timestep=(int if schedule.discrete else float)(schedule.timesteps[node]),
         model_scale=float(other * schedule.input_scale[node]),
         before=float(before),
         after=float(after),

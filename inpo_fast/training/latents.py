@@ -42,6 +42,11 @@ def q_sample(
         alphas_cumprod: [T] float64 table of ᾱ_t.
         prediction_type: `epsilon` (τ = ε) or `v_prediction` (τ = α ε − σ x_0).
     """
+    _require(prediction_type)
+    if noise.shape != clean.shape:
+        raise ValueError(
+            f"noise must have the shape of clean, {tuple(clean.shape)}, got {tuple(noise.shape)}"
+        )
     alpha, sigma = _levels(clean, timesteps, alphas_cumprod)
     latents = alpha * clean.float() + sigma * noise.float()
     return NoisyLatents(
@@ -75,7 +80,12 @@ def ddim_inversion(
         num_steps: n, the same for the batch, so that it keeps one shape; see `inversion_depth`.
         prediction_type: `epsilon` or `v_prediction`.
         impl: backend of the operators.
+
+    Raises:
+        ValueError: naming the argument; a grid that would take two steps within one timestep.
     """
+    _require(prediction_type)
+    alpha, sigma = _levels(clean, timesteps, alphas_cumprod)
     grids = [_program_rows(t, num_steps, alphas_cumprod, prediction_type) for t in timesteps]
     device = clean.device
     coef = np.stack([rows for rows, _ in grids], axis=1)  # [n, B, 4]
@@ -85,7 +95,6 @@ def ddim_inversion(
     latents = clean.float()
     for row, time in zip(coef_rows, time_rows, strict=True):
         latents = ops.affine_update(latents, latents, row, model(latents, time), impl=impl)
-    alpha, sigma = _levels(clean, timesteps, alphas_cumprod)
     noise = (latents - alpha * clean.float()) / sigma
     return NoisyLatents(latents, _target(clean.float(), noise, alpha, sigma, prediction_type))
 
@@ -100,10 +109,10 @@ def _program_rows(
 ) -> tuple[Array, Array]:
     """([n, 4] coefficients, [n] int64 model times) of DDIM inversion from clean data to
     `timestep`."""
-    if not 1 <= num_steps <= max(1, timestep) or not 0 <= timestep < len(alphas_cumprod):
+    if not 1 <= num_steps <= max(1, timestep):
         raise ValueError(
-            f"a grid of {num_steps} steps must end in 1 … {len(alphas_cumprod) - 1} and not take two "
-            f"steps within one timestep, got t = {timestep}"
+            f"num_steps must be in 1 … {max(1, timestep)} for the timestep {timestep}, so that no "
+            f"two steps fall within one timestep, got {num_steps}"
         )
     grid = [round(timestep * k / num_steps) for k in range(num_steps, 0, -1)]
     schedule = NoiseSchedule.from_alphas_cumprod(
@@ -120,19 +129,20 @@ def _levels(clean: Tensor, timesteps: Sequence[int], table: Array) -> tuple[Tens
         raise ValueError(
             f"timesteps must have one entry a sample, {clean.shape[0]}, got {len(timesteps)}"
         )
+    if not all(0 <= t < len(table) for t in timesteps):
+        raise ValueError(f"timesteps must be in 0 … {len(table) - 1}, got {list(timesteps)}")
     bar = torch.from_numpy(np.asarray(table, dtype=np.float64)[np.asarray(timesteps)])
     shape = (-1, *[1] * (clean.ndim - 1))
     alpha, sigma = bar.sqrt().view(shape), (1 - bar).sqrt().view(shape)
     return alpha.to(clean.device, torch.float32), sigma.to(clean.device, torch.float32)
 
 
+def _require(kind: PredictionType) -> None:
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type must be epsilon or v_prediction, got {kind!r}")
+
+
 def _target(
     clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionType
 ) -> Tensor:
-    match kind:
-        case "epsilon":
-            return noise
-        case "v_prediction":
-            return alpha * noise - sigma * clean
-        case _:
-            raise ValueError(f"prediction_type must be epsilon or v_prediction, got {kind!r}")
+    return noise if kind == "epsilon" else alpha * noise - sigma * clean
