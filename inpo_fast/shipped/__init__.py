@@ -1,0 +1,1 @@
+"""The shipped model, its preference data, and the scenes that it draws."""
