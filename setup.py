@@ -22,7 +22,7 @@ SOURCES = ["bindings.cpp", "common.cpp", "preference.cpp", "reversible.cpp"]
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 # Contraction to fused multiply-add would change the bits of float64 states.
-FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
 
 MODE = os.environ.get("INPO_FAST_NATIVE", "")
 

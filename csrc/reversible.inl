@@ -61,22 +61,27 @@ int32_t affine(const AffineArguments& arguments, int64_t begin, int64_t end) {
 
 // --- Lattice states ---
 
-// rint(value * unit), half to even, within +-kIncrementBound; 0 if the value is not finite.
+// rint(value * unit), half to even; 0 if the value is not finite.
 inline double quantize(double value, double unit, int64_t& nonfinite) {
   const bool finite = __builtin_fabs(value) <= __DBL_MAX__;
   nonfinite |= finite ? 0 : 1;
-  double scaled = finite ? value * unit : 0.0;
-  scaled = scaled > kIncrementBound ? kIncrementBound : scaled;
-  scaled = scaled < -kIncrementBound ? -kIncrementBound : scaled;
-  // A double of this size has no bits below the unit, so the addition rounds, half to even.
+  double scaled = value * unit;
+  scaled = finite ? scaled : 0.0;
+  // A double of this size has no bits below 1, so the addition rounds, half to even. Beyond 2^51
+  // it rounds to more than 1, but such a value is far outside the lattice and stays so.
   constexpr double kRounder = 0x1.8p52;
   return (scaled + kRounder) - kRounder;
 }
 
-// The value in int32, saturated. All operands below 2^53 are exact in double.
+// The value, which is not NaN, clamped. Written so that it is one instruction.
+inline double clamp(double value, double low, double high) {
+  const double above = value > low ? value : low;
+  return above < high ? above : high;
+}
+
+// The value in int32, saturated.
 inline int32_t saturate(double value, int64_t& out_of_range) {
-  double inside = value > 2147483647.0 ? 2147483647.0 : value;
-  inside = inside < -2147483648.0 ? -2147483648.0 : inside;
+  const double inside = clamp(value, -2147483648.0, 2147483647.0);
   out_of_range |= inside == value ? 0 : 1;
   return static_cast<int32_t>(inside);
 }
@@ -175,7 +180,7 @@ int32_t lattice_scaled(const LatticeArguments& arguments, int64_t begin, int64_t
     int64_t* buffer_out = arguments.buffer_out + tile.begin;
     for (int64_t i = 0; i < tile.size; ++i) {
       uint64_t kept = static_cast<uint64_t>(buffer[i]);
-      const int64_t delta = static_cast<int64_t>(q[i]);
+      const int64_t delta = static_cast<int64_t>(clamp(q[i], -kIncrementBound, kIncrementBound));
       const int64_t value =
           kInverse ? scale(z[i] - delta, kept, d, n) : scale(z[i], kept, n, d) + delta;
       buffer_out[i] = static_cast<int64_t>(kept);

@@ -46,8 +46,8 @@ inline uint16_t float_to_half(float value) {
   return static_cast<uint16_t>(h | (bits >> 16 & 0x8000u));
 }
 
-inline void convert(const uint16_t* __restrict from, ScalarType dtype, int64_t n,
-                    float* __restrict to) {
+[[gnu::noinline]] inline void convert(const uint16_t* __restrict from, ScalarType dtype, int64_t n,
+                                      float* __restrict to) {
   int64_t i = 0;
   if (dtype == ScalarType::BFloat16) {
     for (; i < n; ++i) to[i] = bfloat16_to_float(from[i]);
@@ -62,8 +62,8 @@ inline void convert(const uint16_t* __restrict from, ScalarType dtype, int64_t n
   for (; i < n; ++i) to[i] = half_to_float(from[i]);
 }
 
-inline void convert(const float* __restrict from, ScalarType dtype, int64_t n,
-                    uint16_t* __restrict to) {
+[[gnu::noinline]] inline void convert(const float* __restrict from, ScalarType dtype, int64_t n,
+                                      uint16_t* __restrict to) {
   int64_t i = 0;
   if (dtype == ScalarType::BFloat16) {
     for (; i < n; ++i) to[i] = float_to_bfloat16(from[i]);
