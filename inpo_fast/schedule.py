@@ -24,6 +24,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -170,7 +171,7 @@ class NoiseSchedule:
                     norm = s**2 + d**2
                     return d**2 / norm, s * d / np.sqrt(norm), s / norm, -d / np.sqrt(norm)
 
-    @property
+    @cached_property
     def velocity_form(self) -> bool:
         """Whether the coordinate is the velocity form, the one that is finite at α = 0."""
         return self.kind == "flow" or bool(self.alpha.min() == 0)
@@ -180,7 +181,7 @@ class NoiseSchedule:
         """N, the number of steps of the grid."""
         return len(self.alpha) - 1
 
-    @property
+    @cached_property
     def discrete(self) -> bool:
         """Whether the model's time is an index of a table of timesteps, given to it as integers."""
         return self.kind == "vp" and bool((self.timesteps == np.rint(self.timesteps)).all())

@@ -246,8 +246,12 @@ class Program:
             step = np.eye(2)
             step[update.track, update.track] = row[0]
             step[update.track, 1 - update.track] = row[1]
-            suffix = suffix @ step
-            worst = max(worst, float(np.abs(suffix).sum(axis=1).max()))
+            with np.errstate(over="ignore", invalid="ignore"):
+                suffix = suffix @ step
+                norm = float(np.abs(suffix).sum(axis=1).max())
+            if not np.isfinite(norm):
+                return float("inf")
+            worst = max(worst, norm)
         return worst
 
     @cached_property
