@@ -243,28 +243,35 @@ def test_every_16_bit_value(native):
             assert_same("affine_update", [zeros, zeros, m, None, coef, status()], mutated=[5])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_large_tensors_on_any_number_of_threads(native, threads):
+def test_large_tensors_on_any_number_of_threads(native):
     rng = cases.generator(7)
     shape = (3, 2, 101, 131)  # two threads, off every block size
+    m = cases.floats(shape, BF16, rng)
+    x, y = (cases.floats(shape, F32, rng) for _ in range(2))
+    z, zy = (cases.lattice(shape, rng) for _ in range(2))
+    buffer = torch.randint(0, 2**40, shape, generator=rng)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for by_sample in (False, True):
-            coef = cases.rows(3 if by_sample else None, F32, rng)
-            m = cases.floats(shape, BF16, rng)
-            x, y = (cases.floats(shape, F32, rng) for _ in range(2))
-            assert_same("affine_update", [x, y, m, m, coef, status()], mutated=[5])
-            assert_same("affine_inverse_", [x, y, m, m, coef, status()], mutated=[0, 5])
-            z, y = (cases.lattice(shape, rng) for _ in range(2))
-            buffer = torch.randint(0, 2**40, shape, generator=rng)
-            ratio = cases.ratios(3 if by_sample else None, rng)
-            operands = [z, buffer, y, m, None, coef, ratio, 20, status()]
-            assert_same("lattice_scaled_update", operands, mutated=[8])
-            assert_same("lattice_scaled_inverse", operands, mutated=[8])
-            assert_same("lattice_update_", [z, y, m, None, coef, 20, status()], mutated=[0, 6])
-    finally:
-        torch.set_num_threads(before)
+    for batch in (None, 3):
+        coef, ratio = cases.rows(batch, F32, rng), cases.ratios(batch, rng)
+        for name, operands in (
+            ("affine_update", [x, y, m, m, coef, status()]),
+            ("affine_inverse", [x, y, m, None, coef, status()]),
+            ("lattice_update", [z, zy, m, None, coef, 20, status()]),
+            ("lattice_scaled_update", [z, buffer, zy, m, m, coef, ratio, 20, status()]),
+            ("lattice_scaled_inverse", [z, buffer, zy, m, m, coef, ratio, 20, status()]),
+            ("preference_errors", [x, y, m.to(F32)]),
+        ):
+            expected = REFERENCE[name](*operands)
+            results = []
+            try:
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    results.append(OPS[name](*operands))
+            finally:
+                torch.set_num_threads(before)
+            assert cases.identical(results[0], results[1])
+            # The sums of errors have an order of their own (test_preference.py).
+            assert name == "preference_errors" or cases.identical(results[0], expected)
 
 
 def test_status_is_raised_from_any_thread(native):
