@@ -1,0 +1,108 @@
+"""Gradients of the affine update, and refusals where there is none."""
+
+import pytest
+import torch
+
+from inpo_fast import ops
+from tests.ops import cases
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["affine_update", "affine_inverse"])
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("outputs", [0, 1, 2])
+def test_gradcheck(impl, name, batch, outputs):
+    rng = cases.generator(0)
+    x, y, *ms = (cases.floats((2, 3, 2), F64, rng).requires_grad_() for _ in range(2 + outputs))
+    coef = cases.rows(batch, F64, rng)
+
+    def function(*args):
+        return getattr(ops, name)(args[0], args[1], coef, *args[2:], impl=impl)
+
+    assert torch.autograd.gradcheck(function, (x, y, *ms))
+    assert torch.autograd.gradgradcheck(function, (x, y, *ms))
+
+
+def test_only_what_requires_grad_gets_one(impl):
+    rng = cases.generator(1)
+    x, y, m = (cases.floats((2, 3), F32, rng) for _ in range(3))
+    m = m.to(BF16).requires_grad_()
+    coef = torch.tensor([2.0, 3.0, 0.5, 0.0])
+    status = ops.new_status(1)[0]
+    result = ops.affine_update(x, y, coef, m, status=status, impl=impl)
+    assert torch.equal(result.detach(), ops.affine_update(x, y, coef, m.detach(), impl=impl))
+    result.sum().backward()
+    assert m.grad.dtype == BF16 and torch.equal(m.grad, torch.full_like(m, 0.5))
+    assert x.grad is None and y.grad is None
+    assert status.item() == 0
+
+
+def test_status_is_set_when_grad_is_on(impl):
+    x = torch.ones(2, 3, requires_grad=True)
+    status = ops.new_status(1)[0]
+    m = torch.full((2, 3), torch.inf)
+    ops.affine_update(x, x, torch.ones(4), m, status=status, impl=impl)
+    assert status.item() == ops.STATUS_NONFINITE
+
+
+def arguments(name):
+    """Valid arguments of a function that differentiates nothing, floating ones marked."""
+    z = torch.zeros(2, 3, dtype=torch.int32)
+    buffer = torch.zeros(2, 3, dtype=torch.int64)
+    ratio = cases.ratios(None, cases.generator(0))
+    status = ops.new_status(1)[0]
+    floats = {key: torch.zeros(2, 3) for key in ("x", "y", "m1", "m2")}
+    coef = {"coef": torch.ones(4)}
+    if name.startswith("affine"):
+        return {**floats, **coef}
+    if name == "lattice_encode":
+        return {"x": floats["x"], "scale": torch.ones(()), "status": status}
+    if name == "lattice_decode":
+        return {"z": z, "scale": torch.ones(()), "dtype": F32}
+    made = {"z": z, "y": z, **coef, "m1": floats["m1"], "m2": floats["m2"], "status": status}
+    if "scaled" in name:
+        made |= {"buffer": buffer, "ratio": ratio}
+    return made
+
+
+NO_GRADIENT = [
+    "affine_update_",
+    "affine_inverse_",
+    "lattice_update",
+    "lattice_inverse_",
+    "lattice_scaled_update",
+    "lattice_scaled_inverse_",
+    "lattice_encode",
+    "lattice_decode",
+]
+
+
+@pytest.mark.parametrize("name", NO_GRADIENT)
+def test_refusals(impl, name):
+    for key, value in arguments(name).items():
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            continue
+        changed = arguments(name) | {key: value.clone().requires_grad_()}
+        with pytest.raises(ValueError, match=f"{key} must not require grad"):
+            getattr(ops, name)(**changed, impl=impl)
+        with torch.no_grad():
+            getattr(ops, name)(**changed, impl=impl)
+
+
+def test_coefficients_are_constants(impl):
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="coef must not require grad: it is a constant"):
+        ops.affine_update(x, x, torch.ones(4, requires_grad=True), impl=impl)
+
+
+@pytest.mark.parametrize("key", ["ref", "target"])
+def test_preference_differentiates_theta_only(impl, key):
+    theta, ref, target = (torch.zeros(2, 3) for _ in range(3))
+    made = {"theta": theta, "ref": ref, "target": target}
+    made[key] = torch.zeros(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=f"{key} must not require grad: preference errors"):
+        ops.preference_errors(**made, impl=impl)
+    made["theta"] = torch.zeros(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=f"theta, {key} must not require grad"):
+        ops.preference_backward(**made, a=torch.ones(2), b=torch.ones(2), impl=impl)
