@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 
 from . import align, edit, roundtrip
@@ -66,11 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.full:
         settings = replace(settings, round_trips=(*settings.round_trips, *roundtrip.FULL))
     # A missing package must show before the work, not after it.
+    for package in ("diffusers", "transformers", "pyarrow", "PIL", "matplotlib"):
+        import_module(package)
     from . import report
 
     try:
         report.prepare(arguments.output)
-        results = measure(settings, device=arguments.device)
+        results = measure(settings, device=arguments.device, shipped=SHIPPED)
         report.write(arguments.output, results)
     except DemoError as error:
         print(f"inpo-fast demo: {error}", file=sys.stderr)
@@ -80,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure(settings: Settings, *, device: str = "auto", shipped: Path = SHIPPED) -> Results:
+def measure(settings: Settings, *, device: str, shipped: Path) -> Results:
     """Run the three parts.
 
     Args:
