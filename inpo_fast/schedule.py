@@ -307,10 +307,10 @@ class NoiseSchedule:
         """The grid that a diffusers scheduler defines; the scheduler itself is left as it was.
 
         Schedulers with an `alphas_cumprod` table give a `vp` schedule: the float32 ᾱ is taken as it
-        is and all else is derived in float64. Whatever their class, the timesteps are laid out as
-        `DDIMScheduler.from_config(scheduler.config)` does, which is what a DDIM-type solver runs
-        on: multistep schedulers use other grids of their own. Flow-matching schedulers give a
-        `flow` schedule with their own sigmas.
+        is and all else is derived in float64. Whatever their class, the timesteps are those of a
+        `DDIMScheduler` with their `timestep_spacing` and `steps_offset`: multistep schedulers have
+        grids of their own (Karras sigmas among them), which are not for a DDIM-type solver.
+        Flow-matching schedulers give a `flow` schedule with their own sigmas.
 
         Args:
             scheduler: e.g. `pipe.scheduler`.
