@@ -102,21 +102,17 @@ class CaptionEncoder:
 
     def __call__(self, codes: torch.Tensor, phrasing: torch.Tensor) -> torch.Tensor:
         """Return ids [B, 24] int64 for codes [B, 9] int64 in the phrasings [B] int64 (0 to 3)."""
-        batch = len(codes)
         index = phrasing + torch.where(codes[:, 5] >= 0, len(SINGLE_PHRASINGS), 0)
-        result = codes.new_full((batch, MAX_TOKENS), self._end)
-        result[:, 0] = self._start
         safe = codes.clamp(min=0)
+        # One more column at the end takes what is written for the padding of phrases.
+        result = codes.new_full((len(codes), MAX_TOKENS + 1), self._end)
+        result[:, 0] = self._start
         for number, parts in enumerate(self._phrasings):
             ids = torch.cat([values[safe[:, column]] for column, values in parts], dim=1)
-            # Phrases differ in length: move their padding to the end, keeping the words' order.
-            order = (ids == _PAD).int().argsort(dim=1, stable=True)
-            ids = ids.gather(1, order)
-            ids = torch.where(ids == _PAD, self._end, ids)
-            chosen = (index == number)[:, None]
-            width = min(ids.shape[1], MAX_TOKENS - 1)
-            result[:, 1 : width + 1] = torch.where(chosen, ids[:, :width], result[:, 1 : width + 1])
-        return result
+            ids = torch.where((index == number)[:, None], ids, _PAD)
+            position = torch.where(ids == _PAD, MAX_TOKENS, (ids != _PAD).cumsum(dim=1))
+            result.scatter_(1, position, ids)
+        return result[:, :MAX_TOKENS]
 
     def empty(self, count: int, device: torch.device | str) -> torch.Tensor:
         """Return the ids [count, 24] of empty prompts."""
@@ -125,24 +121,32 @@ class CaptionEncoder:
         return ids
 
 
-def corrupt(codes: torch.Tensor, rate: float, generator: torch.Generator) -> torch.Tensor:
-    """Replace each attribute word of the captions of `codes` [B, 9], with probability `rate`.
+class Corruption:
+    """Replaces attribute words by random ones, uniform over all that fit the slot.
 
-    The new word is uniform over all that fit its slot, so it may be the old one.
+    The new word may be the old one.
     """
-    device = codes.device
-    result = codes.clone()
-    pair = codes[:, 5] >= 0
-    sides = torch.tensor(
-        [tuple(PLACES).index(first) for first, _ in RELATIONS.values()], device=device
-    )
-    # The last column is left alone: prompts tell the second place through the first.
-    item = (len(SHAPES), len(COLORS), len(SIZES))
-    sizes = (len(BACKGROUNDS), *item, len(PLACES), *item)
-    for column, size in enumerate(sizes):
-        word = torch.randint(size, (len(codes),), generator=generator, device=device)
-        if column == 4:
-            word = torch.where(pair, sides[word % len(sides)], word)
-        replaced = torch.rand(len(codes), generator=generator, device=device) < rate
-        result[:, column] = torch.where(replaced & (pair | (column < 5)), word, codes[:, column])
-    return result
+
+    def __init__(self, device: torch.device | str) -> None:
+        names = tuple(PLACES)
+        self._sides = torch.tensor(
+            [names.index(first) for first, _ in RELATIONS.values()], device=device
+        )
+
+    def __call__(
+        self, codes: torch.Tensor, rate: torch.Tensor | float, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Return codes [B, 9] for captions in which each word is replaced with probability rate."""
+        result = codes.clone()
+        pair = codes[:, 5] >= 0
+        # The last column is left alone: prompts tell the second place through the first.
+        item = (len(SHAPES), len(COLORS), len(SIZES))
+        for column, size in enumerate((len(BACKGROUNDS), *item, len(PLACES), *item)):
+            shape, device = (len(codes),), codes.device
+            word = torch.randint(size, shape, generator=generator, device=device)
+            if column == 4:
+                word = torch.where(pair, self._sides[word % len(self._sides)], word)
+            replaced = torch.rand(shape, generator=generator, device=device) < rate
+            exists = pair | (column < 5)
+            result[:, column] = torch.where(replaced & exists, word, codes[:, column])
+        return result

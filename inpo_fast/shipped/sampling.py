@@ -27,7 +27,7 @@ def load_pipeline(
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        str(path), torch_dtype=dtype, local_files_only=True, safety_checker=None
+        str(path), dtype=dtype, local_files_only=True, safety_checker=None
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

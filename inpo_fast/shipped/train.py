@@ -9,18 +9,19 @@ Each stage continues from the files that the one before it wrote to DIR, and lea
 one H200 the three stages take a few minutes together.
 
 The text-to-image stage has two parts. First the captions are right, so that the model learns to
-draw everything it may be asked for. Then, as in web data, each word for an attribute is replaced
-by a random one with a fixed probability: the model learns to follow prompts only loosely, and
-aligning it by preferences has something to gain.
+draw everything it may be asked for. Then, as in web data, many words for attributes are replaced by
+random ones: the model learns to follow prompts only loosely, and aligning it by preferences has
+something to gain. How many is found on the way, so that a stated fraction of attributes is right.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from .captions import MAX_TOKENS, CaptionEncoder, build_tokenizer, corrupt
+from .captions import MAX_TOKENS, CaptionEncoder, Corruption, build_tokenizer
 from .reader import score
 from .sampling import accuracy, load_pipeline, sample
 from .scenes import (
@@ -39,6 +40,7 @@ from .scenes import (
     prompt,
     render_codes,
     sample_codes,
+    sample_scenes,
 )
 
 if TYPE_CHECKING:
@@ -59,26 +61,31 @@ class Config:
 
     Attributes:
         vae_steps, clean_steps, corrupted_steps: optimiser steps of the three trainings.
+        max_seconds: cap on the seconds of either training loop; the step counts shrink to fit it,
+            by the speed of the first steps, and are printed.
         vae_batch, batch: images per step.
         pool: scenes drawn, rendered and encoded at the start of the text-to-image stage.
-        corruption: probability that an attribute word of a caption is replaced by a random one.
+        target: fraction of attributes to be right at guidance 3, on prompts of the training split.
+        calibrations: evaluations by which the rate of corruption is adjusted to `target`.
         dropout: probability that a caption is empty, for classifier-free guidance.
         evaluated: held-out prompts for the measured accuracy.
         preference_prompts, images_per_prompt, preference_guidance: the preference data.
     """
 
     seed: int = 0
+    max_seconds: float = 300.0
     vae_steps: int = 12000
-    vae_batch: int = 256
+    vae_batch: int = 128
     vae_rate: float = 1e-3
     kl_weight: float = 1e-4
-    pool: int = 1 << 20
+    pool: int = 1 << 19
     clean_steps: int = 20000
     corrupted_steps: int = 8000
-    batch: int = 1024
+    batch: int = 512
     rate: float = 1e-3
     corrupted_rate: float = 3e-4
-    corruption: float = 0.8
+    target: float = 0.68
+    calibrations: int = 6
     dropout: float = 0.12
     evaluated: int = 1024
     preference_prompts: int = 2200
@@ -91,7 +98,7 @@ def build_vae() -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(32, 64, 96, 96),
+        block_out_channels=(24, 48, 96, 96),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
@@ -157,14 +164,10 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def learning_rates(steps: int, peak: float, last: float) -> Iterator[float]:
-    """Yield the rate of each step: a linear warm-up over 3 %, then a cosine from peak to last."""
-    warm = max(1, steps * 3 // 100)
-    for step in range(steps):
-        progress = max(0.0, (step - warm) / max(1, steps - warm))
-        yield min(1.0, (step + 1) / warm) * (
-            last + (peak - last) * (1 + math.cos(math.pi * progress)) / 2
-        )
+def learning_rate(progress: float, first: float, last: float) -> float:
+    """Return the rate at `progress` in [0, 1]: warm-up over 3 %, then a cosine to the last."""
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return min(1.0, progress / 0.03 + 0.01) * (last + (first - last) * cosine)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -173,38 +176,109 @@ def autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 class Trainer:
-    """AdamW with a learning rate per step and an exponential moving average of the weights."""
+    """Takes AdamW steps on a loss and averages the weights exponentially.
 
-    def __init__(self, modules: list[torch.nn.Module], device: torch.device) -> None:
+    On a GPU the whole step is one CUDA graph: the networks are so small that launching their
+    kernels one by one would take longer than running them.
+    """
+
+    def __init__(
+        self,
+        modules: list[torch.nn.Module],
+        loss: Callable[[], torch.Tensor],
+        generator: torch.Generator,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Prepare to minimise `loss` over `modules`; all its randomness is from `generator`.
+
+        `prepare` is called before each step, for what cannot be part of the graph.
+        """
+        self._prepare = prepare
         self.parameters: list[torch.Tensor] = [p for module in modules for p in module.parameters()]
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+        self._generator = generator
+        self._loss = loss
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._value = torch.zeros(())
+        self._taken = 0
+        device = generator.device
+        self._rate = torch.zeros((), device=device)
+        cuda = device.type == "cuda"
+        self._optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self._rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=cuda,
+            capturable=cuda,
         )
-        self.taken = 0
 
-    def step(self, loss: torch.Tensor, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def step(self, rate: float) -> torch.Tensor:
+        """Take one step and return its loss, which the next step overwrites."""
+        self._rate.fill_(rate)
+        self._prepare()
+        self._taken += 1
+        if self._generator.device.type == "cpu":
+            return self._step()
+        if self._graph is not None:
+            self._graph.replay()
+            return self._value
+        # Three ordinary steps compile the loss and allocate the optimiser's state.
+        if self._taken <= 3:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                value = self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return value
+        self._optimizer.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.register_generator_state(self._generator)
+        with torch.cuda.graph(self._graph):
+            self._value = self._step()
+        self._graph.replay()
+        return self._value
+
+    def _step(self) -> torch.Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.taken += 1
-        decay = min(0.999, (1 + self.taken) / (10 + self.taken))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        self._optimizer.step()
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 0.005)
+        return loss.detach()
 
-    def finish(self) -> None:
-        """Give the modules their averaged weights."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.average)
+    def run(
+        self, name: str, steps: int, rates: tuple[float, float], seconds: float = math.inf
+    ) -> int:
+        """Take `steps` steps, fewer if they would last longer than `seconds`; return how many."""
+        step = 0
+        start = begin = time.perf_counter()
+        while step < steps:
+            loss = self.step(learning_rate(step / steps, *rates))
+            step += 1
+            if step in (10, 60) and seconds < math.inf:
+                now = synchronized_time(self._generator.device)
+                if step == 60:
+                    steps = max(step, min(steps, int(seconds / (now - begin) * 50)))
+                    print(f"{name}: {(now - begin) * 20:.2f} ms a step, {steps} steps", flush=True)
+                begin = now
+            if step % max(1, steps // 5) == 0:
+                print(f"{name} step {step} loss {loss.item():.5f}", flush=True)
+        print(f"{name} took {time.perf_counter() - start:.0f} s", flush=True)
+        return steps
+
+    def copy_average(self, modules: list[torch.nn.Module]) -> None:
+        """Give `modules`, built like those in training or the same, the averaged weights."""
+        parameters = [p.data for module in modules for p in module.parameters()]
+        torch._foreach_copy_(parameters, self.average)
 
 
-def report(name: str, step: int, steps: int, loss: torch.Tensor, start: float) -> None:
-    """Print a line of progress now and then."""
-    if step % max(1, steps // 10) == 0 or step == steps - 1:
-        seconds = time.perf_counter() - start
-        print(f"{name} step {step} loss {loss.item():.5f} {seconds:.1f} s", flush=True)
+def synchronized_time(device: torch.device) -> float:
+    """Return the time in seconds once all work on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def image_batches(config: Config, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -220,7 +294,10 @@ def train_vae(config: Config, device: torch.device) -> AutoencoderKL:
     generator = torch.Generator(device).manual_seed(config.seed)
     vae = build_vae().to(device)
     vae.to(memory_format=torch.channels_last)
-    trainer = Trainer([vae], device)
+    batches = image_batches(config, generator)
+    images = torch.empty(config.vae_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    size = IMAGE_SIZE // 8
+    noises = torch.Generator(device).manual_seed(config.seed + 4)
 
     def losses(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         moments = vae.quant_conv(vae.encoder(images)).float()
@@ -234,17 +311,15 @@ def train_vae(config: Config, device: torch.device) -> AutoencoderKL:
         return loss
 
     compiled = torch.compile(losses) if device.type == "cuda" else losses
-    start = time.perf_counter()
-    batches = image_batches(config, generator)
-    for step, rate in enumerate(learning_rates(config.vae_steps, config.vae_rate, 0.0)):
-        images = next(batches)
-        size = IMAGE_SIZE // 8
-        noise = torch.randn(len(images), 4, size, size, generator=generator, device=device)
+
+    def loss() -> torch.Tensor:
+        shape = (config.vae_batch, 4, size, size)
         with autocast(device):
-            loss = compiled(images, noise)
-        trainer.step(loss, rate)
-        report("vae", step, config.vae_steps, loss, start)
-    trainer.finish()
+            return compiled(images, torch.randn(shape, generator=noises, device=device))
+
+    trainer = Trainer([vae], loss, noises, lambda: images.copy_(next(batches)))
+    trainer.run("vae", config.vae_steps, (config.vae_rate, 0.0), config.max_seconds)
+    trainer.copy_average([vae])
     vae.requires_grad_(False)
     scale_latents(vae, generator)
     return vae
@@ -294,29 +369,22 @@ class TextToImage:
     text_encoder: CLIPTextModel
 
 
-def fit(
-    model: TextToImage,
-    pool: tuple[torch.Tensor, torch.Tensor],
-    config: Config,
-    *,
-    name: str,
-    steps: int,
-    rates: tuple[float, float],
-    corruption: float,
-) -> None:
-    """Train `model` on epsilon prediction for `steps`, with rates falling from the first to last.
+def train_text2image(
+    vae: AutoencoderKL, config: Config, device: torch.device
+) -> tuple[TextToImage, float]:
+    """Train text encoder and denoiser together, on right captions and then on corrupted ones.
 
-    Args:
-        pool: what `encode_pool` returned.
-        corruption: probability that an attribute word of a caption is random.
+    Returns:
+        The networks, and the probability with which caption words were random at the end.
     """
-    codes, moments = pool
-    device = codes.device
-    generator = torch.Generator(device).manual_seed(config.seed + 1)
-    captions = CaptionEncoder(device)
+    generator = torch.Generator(device).manual_seed(config.seed + 2)
+    codes, moments = encode_pool(vae, config, generator)
+    torch.manual_seed(config.seed)
+    model = TextToImage(build_unet().to(device), build_text_encoder().to(device))
+    captions, corruption = CaptionEncoder(device), Corruption(device)
     empty = captions.empty(config.batch, device)
     alphas = build_scheduler().alphas_cumprod.to(device)
-    trainer = Trainer([model.unet, model.text_encoder], device)
+    corrupted = torch.zeros((), device=device)
 
     def losses(
         ids: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor
@@ -325,58 +393,70 @@ def fit(
         return F.mse_loss(model.unet(noisy, timestep, states).sample.float(), noise)
 
     compiled = torch.compile(losses) if device.type == "cuda" else losses
-    start = time.perf_counter()
-    for step, rate in enumerate(learning_rates(steps, *rates)):
-        index = torch.randint(len(codes), (config.batch,), generator=generator, device=device)
+
+    def integers(high: int) -> torch.Tensor:
+        return torch.randint(high, (config.batch,), generator=generator, device=device)
+
+    def loss() -> torch.Tensor:
+        index = integers(len(codes))
         mean, std = moments[index].chunk(2, dim=1)
         latents = mean + std * torch.randn(mean.shape, generator=generator, device=device)
-        phrasing = torch.randint(4, (config.batch,), generator=generator, device=device)
-        ids = captions(corrupt(codes[index], corruption, generator), phrasing)
+        ids = captions(corruption(codes[index], corrupted, generator), integers(4))
         drop = torch.rand(config.batch, 1, generator=generator, device=device) < config.dropout
-        ids = torch.where(drop, empty, ids)
         noise = torch.randn(latents.shape, generator=generator, device=device)
-        timestep = torch.randint(len(alphas), (config.batch,), generator=generator, device=device)
+        timestep = integers(len(alphas))
         alpha = alphas[timestep, None, None, None]
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         with autocast(device):
-            loss = compiled(ids, noisy, timestep, noise)
-        trainer.step(loss, rate)
-        report(name, step, steps, loss, start)
-    trainer.finish()
+            return compiled(torch.where(drop, empty, ids), noisy, timestep, noise)
+
+    trainer = Trainer([model.unet, model.text_encoder], loss, generator)
+    share = config.clean_steps / (config.clean_steps + config.corrupted_steps)
+    seconds = config.max_seconds * share
+    rates = config.rate, config.corrupted_rate
+    clean = trainer.run("clean captions", config.clean_steps, rates, seconds)
+    steps = config.corrupted_steps * clean // config.clean_steps
+
+    # Accuracy falls as corruption grows, so bisection finds the rate; the first guess lies where
+    # a guided model of independent words is right in two cases of three.
+    trial = copy.deepcopy(model)
+    low, high, rate = 0.4, 1.0, 0.8
+    each = steps * 2 // 3 // max(1, config.calibrations)
+    for _ in range(config.calibrations):
+        corrupted.fill_(rate)
+        trainer.run(f"corruption {rate:.3f}", each, (config.corrupted_rate,) * 2)
+        trainer.copy_average([trial.unet, trial.text_encoder])
+        right = evaluate(vae, trial, config, device)
+        print(f"corruption {rate:.3f}: {right}", flush=True)
+        low, high = (rate, high) if right["all"] > config.target else (low, rate)
+        rate = (low + high) / 2
+    corrupted.fill_(rate)
+    trainer.run("corrupted captions", steps - steps * 2 // 3, (config.corrupted_rate, 0.0))
+    trainer.copy_average([model.unet, model.text_encoder])
+    return model, rate
 
 
-def train_text2image(vae: AutoencoderKL, config: Config, device: torch.device) -> TextToImage:
-    """Train text encoder and denoiser together, on right captions and then on corrupted ones."""
-    generator = torch.Generator(device).manual_seed(config.seed + 2)
-    pool = encode_pool(vae, config, generator)
-    torch.manual_seed(config.seed)
-    model = TextToImage(build_unet().to(device), build_text_encoder().to(device))
-    fit(
-        model,
-        pool,
-        config,
-        name="clean captions",
-        steps=config.clean_steps,
-        rates=(config.rate, config.corrupted_rate),
-        corruption=0.0,
-    )
-    fit(
-        model,
-        pool,
-        config,
-        name="corrupted captions",
-        steps=config.corrupted_steps,
-        rates=(config.corrupted_rate, 0.0),
-        corruption=config.corruption,
-    )
-    return model
+def evaluate(
+    vae: AutoencoderKL, model: TextToImage, config: Config, device: torch.device
+) -> dict[str, float]:
+    """Return the accuracy per kind at guidance 3 on canonical prompts of the training split."""
+    generator = torch.Generator().manual_seed(config.seed + 5)
+    scenes = sample_scenes(config.evaluated, generator, held_out=False)
+    pipe = assemble(vae, model)
+    pipe.set_progress_bar_config(disable=True)
+    return accuracy(pipe, scenes, batch=sampling_batch(device))
 
 
-def save_pipeline(vae: AutoencoderKL, model: TextToImage, path: Path) -> None:
-    """Write the pipeline folder in float16; the modules come back as float16."""
+def sampling_batch(device: torch.device) -> int:
+    """Return how many images to draw at once."""
+    return 1024 if device.type == "cuda" else 32
+
+
+def assemble(vae: AutoencoderKL, model: TextToImage) -> StableDiffusionPipeline:
+    """Return the pipeline of the given networks."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         vae=vae,
         text_encoder=model.text_encoder,
         tokenizer=build_tokenizer(),
@@ -386,7 +466,6 @@ def save_pipeline(vae: AutoencoderKL, model: TextToImage, path: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.to(dtype=torch.float16).save_pretrained(path, safe_serialization=True)
 
 
 def encode_jpeg(image: torch.Tensor) -> bytes:
@@ -428,7 +507,7 @@ def make_preferences(
         repeated,
         guidance=config.preference_guidance,
         seed=config.seed + 3,
-        batch=1024 if device.type == "cuda" else 32,
+        batch=sampling_batch(device),
     )
     files = [encode_jpeg(image) for image in images.cpu()]
     decoded = torch.stack([decode_jpeg(data) for data in files]).to(device)
@@ -460,7 +539,7 @@ def write_preferences(columns: dict[str, list[Any]], path: Path) -> None:
     pq.write_table(table, path, compression="zstd", compression_level=19, use_dictionary=False)
 
 
-def describe(figures: dict[float, dict[str, float]], config: Config) -> str:
+def describe(figures: dict[float, dict[str, float]], config: Config, corruption: float) -> str:
     """Return the model card: what the model is, how it was made, and the measured accuracies."""
     kinds = list(next(iter(figures.values())))
     rows = [
@@ -475,7 +554,7 @@ def describe(figures: dict[float, dict[str, float]], config: Config) -> str:
 A text-to-image pipeline in Stable Diffusion's format that draws one or two coloured shapes on a
 plain 64x64 background. It was trained from scratch on rendered images by
 `python -m inpo_fast.shipped.train`, on captions of which each attribute word was random with
-probability {config.corruption:g} in the second part of the training: it can draw every attribute
+probability {corruption:.3f} at the end of the training: it can draw every attribute
 but follows prompts loosely, to leave room for alignment.
 
 Fraction of attributes right on {config.evaluated} held-out prompts, 50 DDIM steps, read from
@@ -496,12 +575,14 @@ def run(stage: str, output: Path, device: torch.device, config: Config) -> None:
         train_vae(config, device).save_pretrained(output / "vae")
     elif stage == "text2image":
         vae = AutoencoderKL.from_pretrained(output / "vae", local_files_only=True).to(device)
-        save_pipeline(vae, train_text2image(vae, config, device), output / "model")
+        model, corruption = train_text2image(vae, config, device)
+        pipe = assemble(vae, model).to(dtype=torch.float16)
+        pipe.save_pretrained(output / "model", safe_serialization=True)
         pipe = load_pipeline(output / "model", device=device)
         scenes = held_out_scenes(config.evaluated, config.seed)
-        batch = 1024 if device.type == "cuda" else 32
+        batch = sampling_batch(device)
         figures = {w: accuracy(pipe, scenes, guidance=w, batch=batch) for w in (1.0, 3.0, 5.0, 7.5)}
-        card = describe(figures, config)
+        card = describe(figures, config, corruption)
         (output / "model" / "README.md").write_text(card)
         print(card, flush=True)
     else:
