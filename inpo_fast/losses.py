@@ -52,9 +52,11 @@ def dpo_loss(
         impl: backend of the reduction.
 
     Raises:
-        ValueError: an odd or empty batch, a negative or infinite β, or arguments that
+        ValueError, TypeError: an odd or empty batch, a negative or infinite β, or arguments that
             `preference_errors` refuses.
     """
+    if not isinstance(policy, Tensor):
+        raise TypeError(f"policy must be a tensor, got {type(policy).__name__}")
     if policy.ndim < 1 or policy.shape[0] == 0 or policy.shape[0] % 2:
         raise ValueError(
             f"policy must be [2P, …] with P ≥ 1 winners, then losers, got {tuple(policy.shape)}"

@@ -24,7 +24,8 @@ def bdia(
     """BDIA-DDIM with weight γ in (0, 1] of the backward approximation; γ → 0 is DDIM, which cannot
     be inverted.
 
-    γ is rounded to the nearest rational with terms up to 2^16 (0.94 is 47/50 exactly).
+    γ is rounded to the nearest rational with terms up to 2^16 (0.94 is 47/50 exactly). The order is
+    1; γ = 1 reaches 2 where neighbouring steps are nearly equal.
 
     Raises:
         ValueError: γ outside (0, 1].

@@ -47,7 +47,8 @@ def q_sample(
         raise ValueError(
             f"noise must have the shape of clean, {tuple(clean.shape)}, got {tuple(noise.shape)}"
         )
-    alpha, sigma = _levels(clean, timesteps, alphas_cumprod)
+    checked = _checked(timesteps, clean, alphas_cumprod)
+    alpha, sigma = _levels(clean, checked, alphas_cumprod)
     latents = alpha * clean.float() + sigma * noise.float()
     return NoisyLatents(
         latents, _target(clean.float(), noise.float(), alpha, sigma, prediction_type)
@@ -85,8 +86,9 @@ def ddim_inversion(
         ValueError: naming the argument; a grid that would take two steps within one timestep.
     """
     _require(prediction_type)
-    alpha, sigma = _levels(clean, timesteps, alphas_cumprod)
-    grids = [_program_rows(t, num_steps, alphas_cumprod, prediction_type) for t in timesteps]
+    checked = _checked(timesteps, clean, alphas_cumprod)
+    alpha, sigma = _levels(clean, checked, alphas_cumprod)
+    grids = [_program_rows(t, num_steps, alphas_cumprod, prediction_type) for t in checked]
     device = clean.device
     coef = np.stack([rows for rows, _ in grids], axis=1)  # [n, B, 4]
     times = np.stack([grid for _, grid in grids], axis=1)  # [n, B]
@@ -123,15 +125,23 @@ def _program_rows(
     return program.coefficients(), times
 
 
-def _levels(clean: Tensor, timesteps: Sequence[int], table: Array) -> tuple[Tensor, Tensor]:
-    """α_t and σ_t, [B, 1, …] float32, rounded once from float64."""
-    if len(timesteps) != clean.shape[0]:
+def _checked(timesteps: Sequence[int], clean: Tensor, table: Array) -> list[int]:
+    given = np.asarray(timesteps)
+    if given.shape != clean.shape[:1]:
         raise ValueError(
-            f"timesteps must have one entry a sample, {clean.shape[0]}, got {len(timesteps)}"
+            f"timesteps must have one entry a sample, {clean.shape[0]}, got shape {given.shape}"
         )
-    if not all(0 <= t < len(table) for t in timesteps):
-        raise ValueError(f"timesteps must be in 0 … {len(table) - 1}, got {list(timesteps)}")
-    bar = torch.from_numpy(np.asarray(table, dtype=np.float64)[np.asarray(timesteps)])
+    if given.dtype.kind not in "iu" or not ((given >= 0) & (given < len(table))).all():
+        raise ValueError(
+            f"timesteps must be integers in 0 … {len(table) - 1}, got {given.tolist()}"
+        )
+    values: list[int] = given.tolist()
+    return values
+
+
+def _levels(clean: Tensor, timesteps: list[int], table: Array) -> tuple[Tensor, Tensor]:
+    """α_t and σ_t, [B, 1, …] float32, rounded once from float64."""
+    bar = torch.from_numpy(np.asarray(table, dtype=np.float64)[timesteps])
     shape = (-1, *[1] * (clean.ndim - 1))
     alpha, sigma = bar.sqrt().view(shape), (1 - bar).sqrt().view(shape)
     return alpha.to(clean.device, torch.float32), sigma.to(clean.device, torch.float32)
