@@ -32,7 +32,7 @@ def terms_size(program, model, states) -> float:
 
 @given(reversible_programs(), st.integers(0, 2**32 - 1))
 @settings(
-    max_examples=150,
+    max_examples=100,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
