@@ -320,7 +320,8 @@ class NoiseSchedule:
 
         Raises:
             TypeError: not a scheduler.
-            ValueError: a scheduler without such a grid, or arguments that do not belong to it.
+            ValueError: a scheduler without such a grid or with `clip_sample` or `thresholding`, or
+                arguments that do not belong to it.
         """
         if not hasattr(scheduler, "config"):
             raise TypeError(
@@ -346,6 +347,13 @@ class NoiseSchedule:
                 f"{type(scheduler).__name__}; make one with "
                 "DDIMScheduler.from_config(pipe.scheduler.config)"
             )
+        for option in ("clip_sample", "thresholding"):
+            if getattr(config, option, False):
+                raise ValueError(
+                    f"scheduler must have {option}=False: with it a step is not affine and has no "
+                    f"inverse; make one with {type(scheduler).__name__}.from_config("
+                    f"scheduler.config, {option}=False)"
+                )
         table = scheduler.alphas_cumprod.double().cpu().numpy()
         final = getattr(scheduler, "final_alpha_cumprod", None)
         return cls.from_alphas_cumprod(

@@ -370,7 +370,7 @@ SCHEDULERS = [
         **STABLE_DIFFUSION, timestep_spacing="leading", steps_offset=1
     ),
     diffusers.EulerAncestralDiscreteScheduler(**STABLE_DIFFUSION, timestep_spacing="trailing"),
-    diffusers.DDPMScheduler(**STABLE_DIFFUSION),
+    diffusers.DDPMScheduler(**STABLE_DIFFUSION, clip_sample=False),
 ]
 
 
@@ -514,3 +514,9 @@ def test_the_scheduler_is_left_as_it_was(scheduler):
 def test_wrong_schedulers(scheduler, arguments, error, message):
     with pytest.raises(error, match=message):
         NoiseSchedule.from_diffusers(scheduler, **arguments)
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+def test_a_scheduler_that_clips_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}=False"):
+        NoiseSchedule.from_diffusers(ddim_scheduler(**{option: True}), 10)
