@@ -14,11 +14,14 @@ from .scenes import Scene, prompt
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-MODEL = Path(__file__).parent / "model"
+
+def model_path() -> Path:
+    """Return the folder of the shipped pipeline."""
+    return Path(__file__).parent / "model"
 
 
 def load_pipeline(
-    path: Path | str = MODEL,
+    path: Path | str | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -27,7 +30,10 @@ def load_pipeline(
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        str(path), dtype=dtype, local_files_only=True, safety_checker=None
+        str(model_path() if path is None else path),
+        dtype=dtype,
+        local_files_only=True,
+        safety_checker=None,
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 TEXT_WIDTH = 128
+SCALING_FACTOR = 0.18215
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ class Config:
 
     seed: int = 0
     max_seconds: float = 300.0
-    vae_steps: int = 12000
+    vae_steps: int = 6309
     vae_batch: int = 128
     vae_rate: float = 1e-3
     kl_weight: float = 1e-4
     pool: int = 1 << 19
-    clean_steps: int = 20000
-    corrupted_steps: int = 8000
+    clean_steps: int = 13029
+    corrupted_steps: int = 5211
     batch: int = 512
     rate: float = 1e-3
     corrupted_rate: float = 3e-4
@@ -106,6 +107,8 @@ def build_vae() -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
+        scaling_factor=SCALING_FACTOR,
+        force_upcast=False,
     )
 
 
@@ -327,16 +330,16 @@ def train_vae(config: Config, device: torch.device) -> AutoencoderKL:
 
 @torch.no_grad()
 def scale_latents(vae: AutoencoderKL, generator: torch.Generator) -> None:
-    """Center the latent channels of `vae`, make them equally wide, and set its scaling factor.
+    """Center the latent channels of `vae` and give all of them Stable Diffusion's deviation.
 
-    The 1x1 convolutions before and after the latents take up the affine map, so that Stable
-    Diffusion's single factor gives every channel unit variance.
+    The 1x1 convolutions before and after the latents take up the affine map. Its scaling factor
+    then leads to unit variance, and code that forgets the factor fails here as it would there.
     """
     images = render_codes(sample_codes(4096, generator, held_out=False), generator)
     posterior = [vae.encode(part).latent_dist for part in images.split(512)]
     latents = torch.cat([p.sample(generator) for p in posterior])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    scale = std.mean() / std
+    scale = 1 / (SCALING_FACTOR * std)
     before, after = vae.quant_conv, vae.post_quant_conv
     channels = len(mean)
     after.bias += after.weight[:, :, 0, 0] @ mean
@@ -344,7 +347,6 @@ def scale_latents(vae: AutoencoderKL, generator: torch.Generator) -> None:
     before.bias[:channels] = (before.bias[:channels] - mean) * scale
     before.bias[channels:] += 2 * scale.log()
     before.weight[:channels] *= scale[:, None, None, None]
-    vae.register_to_config(scaling_factor=round(1 / std.mean().item(), 5))
 
 
 @torch.no_grad()
@@ -575,6 +577,8 @@ def run(stage: str, output: Path, device: torch.device, config: Config) -> None:
         train_vae(config, device).save_pretrained(output / "vae")
     elif stage == "text2image":
         vae = AutoencoderKL.from_pretrained(output / "vae", local_files_only=True).to(device)
+        # The pipeline would otherwise keep the path of this machine.
+        vae.register_to_config(_name_or_path="")
         model, corruption = train_text2image(vae, config, device)
         pipe = assemble(vae, model).to(dtype=torch.float16)
         pipe.save_pretrained(output / "model", safe_serialization=True)
