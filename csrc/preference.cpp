@@ -11,7 +11,7 @@ namespace {
 
 // Elements that are summed in one go. Fixed, so that the order of a sum depends neither on the
 // number of threads nor on which of them comes first.
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kBlock = 16384;
 
 struct ErrorArguments {
   Source theta, ref, target;

@@ -6,52 +6,67 @@
 namespace inpo_fast {
 namespace INPO_TARGET {
 
-// Sums in a fixed number of lanes, so that their order is that of no instruction set.
-constexpr int64_t kLanes = 8;
+// Element i of every tile adds to lane i, and a fixed tree adds the lanes. So the order of a sum is
+// that of no instruction set, and the loops have no chain of additions.
+struct Lanes {
+  alignas(64) double e_theta[kTile], e_ref[kTile], d[kTile];
+};
 
 template <class T>
-inline double sum_of_squares(const T* __restrict first, const T* __restrict second, int64_t n) {
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) {
-      const double residual = static_cast<double>(first[i + j] - second[i + j]);
-      lanes[j] += residual * residual;
-    }
-  }
-  for (int64_t j = 0; i + j < n; ++j) {
-    const double residual = static_cast<double>(first[i + j] - second[i + j]);
-    lanes[j] += residual * residual;
-  }
-  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
-         ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+inline double square(T residual) {
+  return static_cast<double>(residual) * static_cast<double>(residual);
 }
 
-// Partial sums of blocks [begin, end): a block is a fixed part of one sample.
+template <class T>
+inline void add_tile(const T* __restrict theta, const T* __restrict ref, const T* __restrict target,
+                     int64_t n, Lanes& __restrict lanes) {
+  if (ref == nullptr) {
+    for (int64_t i = 0; i < n; ++i) lanes.e_theta[i] += square(theta[i] - target[i]);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    lanes.e_theta[i] += square(theta[i] - target[i]);
+    lanes.e_ref[i] += square(ref[i] - target[i]);
+    lanes.d[i] += square(theta[i] - ref[i]);
+  }
+}
+
+inline double total(double* lanes, int64_t width) {
+  for (int64_t half = width / 2; half > 0; half /= 2) {
+    INPO_INDEPENDENT
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// Sums of blocks [begin, end): a block is a fixed part of one sample.
 template <class T>
 inline void errors_range(const ErrorArguments& arguments, int64_t begin, int64_t end) {
   alignas(64) T scratch[3][kTile];
+  Lanes lanes;
+  // Lanes in use: a power of two.
+  int64_t width = 1;
+  while (width < arguments.per_sample && width < kTile) width *= 2;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t sample = block / arguments.blocks;
     const int64_t start = (block % arguments.blocks) * kBlock;
     const int64_t left = arguments.per_sample - start;
     const int64_t first = sample * arguments.per_sample + start;
-    double e_theta = 0.0, e_ref = 0.0, d = 0.0;
-    for (Tile tile(first, first + (left < kBlock ? left : kBlock), arguments.numel); tile.valid();
-         tile.advance()) {
+    const int64_t last = first + (left < kBlock ? left : kBlock);
+    __builtin_memset(lanes.e_theta, 0, width * sizeof(double));
+    __builtin_memset(lanes.e_ref, 0, width * sizeof(double));
+    __builtin_memset(lanes.d, 0, width * sizeof(double));
+    for (Tile tile(first, last, arguments.numel); tile.valid(); tile.advance()) {
       const int64_t n = tile.size;
       const T* theta = load_tile(arguments.theta, tile.begin, n, scratch[0]);
       const T* ref = load_tile(arguments.ref, tile.begin, n, scratch[1]);
       const T* target = load_tile(arguments.target, tile.begin, n, scratch[2]);
-      e_theta += sum_of_squares(theta, target, n);
-      if (ref == nullptr) continue;
-      e_ref += sum_of_squares(ref, target, n);
-      d += sum_of_squares(theta, ref, n);
+      add_tile(theta, ref, target, n, lanes);
     }
-    double* sums = arguments.sums + 3 * block;
-    sums[0] = e_theta;
-    sums[1] = e_ref;
-    sums[2] = d;
+    double* out = arguments.sums + 3 * block;
+    out[0] = total(lanes.e_theta, width);
+    out[1] = total(lanes.e_ref, width);
+    out[2] = total(lanes.d, width);
   }
 }
 

@@ -8,7 +8,7 @@ namespace inpo_fast {
 namespace {
 
 constexpr double kIncrementBound = 0x1p50;
-constexpr int64_t kQuotientBound = int64_t{1} << 33;
+constexpr double kQuotientBound = 0x1p33;
 
 // One row (a, b, c1, c2).
 struct Coefficients {
@@ -30,17 +30,11 @@ struct LatticeUnit {
   }
 };
 
-// A divisor v, floor((2^64 - 1) / v), and a multiple of v just below 2^52.
+// A term of a scale n/d, 1 to 2^16.
 struct Divisor {
-  uint64_t value, multiplier, bias_quotient, bias;
+  double value, inverse;
 
-  Divisor(int64_t value, int64_t multiplier)
-      : value(static_cast<uint64_t>(value)), multiplier(static_cast<uint64_t>(multiplier)) {
-    // Not a division: a wrong ratio gives wrong numbers, not a trap.
-    bias_quotient =
-        static_cast<uint64_t>((static_cast<unsigned __int128>(this->multiplier) << 52) >> 64);
-    bias = bias_quotient * this->value;
-  }
+  explicit Divisor(int64_t v) : value(static_cast<double>(v)), inverse(1.0 / value) {}
 };
 
 struct AffineArguments {

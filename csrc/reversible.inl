@@ -61,16 +61,20 @@ int32_t affine(const AffineArguments& arguments, int64_t begin, int64_t end) {
 
 // --- Lattice states ---
 
+// A double of the size of kRounder has no bits below 1, so the addition rounds, half to even.
+// Beyond 2^51 more is rounded away, but such a value is far outside the lattice and stays so.
+inline double round_to_even(double value) {
+  constexpr double kRounder = 0x1.8p52;
+  return (value + kRounder) - kRounder;
+}
+
 // rint(value * unit), half to even; 0 if the value is not finite.
 inline double quantize(double value, double unit, int64_t& nonfinite) {
   const bool finite = __builtin_fabs(value) <= __DBL_MAX__;
   nonfinite |= finite ? 0 : 1;
   double scaled = value * unit;
   scaled = finite ? scaled : 0.0;
-  // A double of this size has no bits below 1, so the addition rounds, half to even. Beyond 2^51
-  // it rounds to more than 1, but such a value is far outside the lattice and stays so.
-  constexpr double kRounder = 0x1.8p52;
-  return (scaled + kRounder) - kRounder;
+  return round_to_even(scaled);
 }
 
 // The value, which is not NaN, clamped. Written so that it is one instruction.
@@ -125,6 +129,8 @@ template <bool kInverse>
 inline void add_tile(const int32_t* z, const double* __restrict q, int64_t n, int64_t& out_of_range,
                      int32_t* out) {
   int64_t bad = 0;
+  // In place, z is out.
+  INPO_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const double value = static_cast<double>(z[i]);
     out[i] = saturate(kInverse ? value - q[i] : value + q[i], bad);
@@ -144,26 +150,54 @@ int32_t lattice(const LatticeArguments& arguments, int64_t begin, int64_t end) {
   return status_bits(out_of_range, nonfinite);
 }
 
-// x / v for 0 <= x < 2^63: the high half of a product, which is at most one too small.
-inline uint64_t divide(uint64_t x, const Divisor& v, uint64_t& remainder) {
-  uint64_t quotient = static_cast<uint64_t>(static_cast<unsigned __int128>(x) * v.multiplier >> 64);
-  remainder = x - quotient * v.value;
-  const bool low = remainder >= v.value;
-  quotient += low ? 1 : 0;
-  remainder -= low ? v.value : 0;
-  return quotient;
+// floor(x / v) and what remains, for |x| <= 2^51. The rounded quotient is right or one too large,
+// and all operands are exact.
+inline double divide(double x, const Divisor& v, double& remainder) {
+  const double quotient = round_to_even(x * v.inverse);
+  const double rest = x - quotient * v.value;
+  const bool large = rest < 0.0;
+  remainder = large ? rest + v.value : rest;
+  return large ? quotient - 1.0 : quotient;
 }
 
-// Scales (z, buffer) by n/d and returns the new z. |z| < 2^51.
-inline int64_t scale(int64_t z, uint64_t& buffer, const Divisor& n, const Divisor& d) {
-  // The bias is a multiple of d that makes z positive.
-  uint64_t rest;
-  int64_t quotient = static_cast<int64_t>(divide(static_cast<uint64_t>(z) + d.bias, d, rest)) -
-                     static_cast<int64_t>(d.bias_quotient);
-  quotient = quotient > kQuotientBound ? kQuotientBound : quotient;
-  quotient = quotient < -kQuotientBound ? -kQuotientBound : quotient;
-  buffer = divide(buffer * d.value + rest, n, rest);
-  return quotient * static_cast<int64_t>(n.value) + static_cast<int64_t>(rest);
+// An integer below 2^52 to double and back, by the bits behind the exponent of 2^52.
+inline double to_double(uint64_t x) {
+  return bits_as<double>(x | uint64_t{0x4330000000000000}) - 0x1p52;
+}
+inline uint64_t to_bits(double x) { return bits_as<uint64_t>(x + 0x1p52); }
+
+// Scales (z, buffer) by n/d and returns the new z. |z| <= 2^51; buffer * d + d < 2^63.
+//
+// The buffer is divided in two halves of 32 bits, in double: unlike a 64-bit division, or the high
+// half of a product, this vectorises.
+inline double scale(double z, uint64_t& buffer, const Divisor& n, const Divisor& d) {
+  double rest, carry;
+  const double quotient = clamp(divide(z, d, rest), -kQuotientBound, kQuotientBound);
+  const double high = to_double(buffer >> 32) * d.value;
+  const double low = to_double(buffer & 0xffffffffu) * d.value + rest;
+  const double quotient_high = divide(high, n, carry);
+  const double quotient_low = divide(carry * 0x1p32 + low, n, rest);
+  buffer = (to_bits(quotient_high) << 32) + (to_bits(quotient_low) & 0xfffffffffffffu);
+  return quotient * n.value + rest;
+}
+
+template <bool kInverse>
+inline void scaled_tile(const Divisor& n, const Divisor& d, const int32_t* z, const int64_t* buffer,
+                        const double* q, int64_t size, int64_t& out_of_range, int32_t* out,
+                        int64_t* buffer_out) {
+  int64_t bad = 0;
+  // In place, z is out and buffer is buffer_out: element by element, so nothing is carried.
+  INPO_INDEPENDENT
+  for (int64_t i = 0; i < size; ++i) {
+    uint64_t kept = static_cast<uint64_t>(buffer[i]);
+    const double delta = clamp(q[i], -kIncrementBound, kIncrementBound);
+    const double value = static_cast<double>(z[i]);
+    const double next =
+        kInverse ? scale(value - delta, kept, d, n) : scale(value, kept, n, d) + delta;
+    buffer_out[i] = static_cast<int64_t>(kept);
+    out[i] = saturate(next, bad);
+  }
+  out_of_range |= bad;
 }
 
 template <bool kInverse>
@@ -173,19 +207,9 @@ int32_t lattice_scaled(const LatticeArguments& arguments, int64_t begin, int64_t
   for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
     increment_tile(arguments, tile, nonfinite, q);
     const int64_t* ratio = arguments.ratio + (arguments.ratio_by_sample ? 4 * tile.row : 0);
-    const Divisor n(ratio[0], ratio[2]), d(ratio[1], ratio[3]);
-    const int32_t* z = arguments.z + tile.begin;
-    const int64_t* buffer = arguments.buffer + tile.begin;
-    int32_t* out = arguments.out + tile.begin;
-    int64_t* buffer_out = arguments.buffer_out + tile.begin;
-    for (int64_t i = 0; i < tile.size; ++i) {
-      uint64_t kept = static_cast<uint64_t>(buffer[i]);
-      const int64_t delta = static_cast<int64_t>(clamp(q[i], -kIncrementBound, kIncrementBound));
-      const int64_t value =
-          kInverse ? scale(z[i] - delta, kept, d, n) : scale(z[i], kept, n, d) + delta;
-      buffer_out[i] = static_cast<int64_t>(kept);
-      out[i] = saturate(static_cast<double>(value), out_of_range);
-    }
+    scaled_tile<kInverse>(Divisor(ratio[0]), Divisor(ratio[1]), arguments.z + tile.begin,
+                          arguments.buffer + tile.begin, q, tile.size, out_of_range,
+                          arguments.out + tile.begin, arguments.buffer_out + tile.begin);
   }
   return status_bits(out_of_range, nonfinite);
 }

@@ -9,6 +9,15 @@
 #define INPO_X86 1
 #endif
 
+// Says that no iteration of the next loop depends on another, although pointers may be equal.
+#if defined(__clang__)
+#define INPO_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define INPO_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define INPO_INDEPENDENT
+#endif
+
 namespace inpo_fast {
 
 // Set by use_simd; tests clear it to run the portable kernels.

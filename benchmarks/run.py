@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a benchmark: ``python -m benchmarks.run ops --device cpu --json FILE``.
+
+A benchmark is a module of this folder with a function ``rows(device, quick)`` that yields
+``common.Row``. It checks that its contenders agree before it times them, and stops if they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from benchmarks import common
+
+BENCHMARKS = ("ops",)
+
+
+def line(row: common.Row) -> str:
+    """Return a row as a line of text: ratios, and a mark where a target is missed."""
+    ratios = "  ".join(
+        f"{name} {value:6.2f}{'' if value >= row.target.get(name, 0) else ' (target ' + format(row.target[name], '.2g') + ')'}"
+        for name, value in row.ratios.items()
+    )
+    mark = {True: "met ", False: "MISS", None: "    "}[row.met]
+    return f"{mark} {row.case:44} {row.ours:12.1f} {row.unit}  {ratios}"
+
+
+def main() -> None:
+    """Parse the arguments, run the benchmark, print it, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--quick", action="store_true", help="few rounds: does it run at all")
+    options = parser.parse_args()
+    module = importlib.import_module(f"benchmarks.{options.benchmark}")
+    rows = []
+    for row in module.rows(options.device, options.quick):
+        print(line(row), flush=True)
+        rows.append(row)
+    missed = [row.case for row in rows if row.met is False]
+    judged = sum(row.met is not None for row in rows)
+    print(f"{judged - len(missed)} of {judged} targets met on {common.machine(options.device)}")
+    if options.json is not None:
+        common.write(options.json, options.device, rows)
+        print(f"written to {options.json}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
