@@ -8,7 +8,7 @@ namespace inpo_fast {
 namespace {
 
 constexpr double kIncrementBound = 0x1p50;
-constexpr double kQuotientBound = 0x1p33;
+constexpr double kScaledBound = 0x1p34;
 
 // One row (a, b, c1, c2).
 struct Coefficients {

@@ -166,22 +166,56 @@ inline double to_double(uint64_t x) {
 }
 inline uint64_t to_bits(double x) { return bits_as<uint64_t>(x + 0x1p52); }
 
-// Scales (z, buffer) by n/d and returns the new z. |z| <= 2^51; buffer * d + d < 2^63.
-//
-// The buffer is divided in two halves of 32 bits, in double: unlike a 64-bit division, or the high
-// half of a product, this vectorises.
-inline double scale(double z, uint64_t& buffer, const Divisor& n, const Divisor& d) {
-  double rest, carry;
-  const double quotient = clamp(divide(z, d, rest), -kQuotientBound, kQuotientBound);
-  const double high = to_double(buffer >> 32) * d.value;
-  const double low = to_double(buffer & 0xffffffffu) * d.value + rest;
-  const double quotient_high = divide(high, n, carry);
-  const double quotient_low = divide(carry * 0x1p32 + low, n, rest);
-  buffer = (to_bits(quotient_high) << 32) + (to_bits(quotient_low) & 0xfffffffffffffu);
-  return quotient * n.value + rest;
+// Integers of up to 62 bits as two parts, high * 2^32 + low: unlike a 64-bit division, or the high
+// half of a product, arithmetic on these vectorises.
+struct Halves {
+  double high, low;
+};
+
+// buffer / v and what remains.
+inline Halves divide_buffer(uint64_t buffer, const Divisor& v, double& remainder) {
+  Halves quotient;
+  quotient.high = divide(to_double(buffer >> 32), v, remainder);
+  const double low = remainder * 0x1p32 + to_double(buffer & 0xffffffffu);
+  quotient.low = divide(low, v, remainder);
+  return quotient;
 }
 
-template <bool kInverse>
+// x * v + digit.
+inline uint64_t join_buffer(const Halves& x, const Divisor& v, double digit) {
+  return (to_bits(x.high * v.value) << 32) + (to_bits(x.low * v.value + digit) & 0xfffffffffffffu);
+}
+
+// Scales (z, buffer) by p/q <= 1 and returns the new z. |z| <= 2^34; inpo_fast/lattice.py has the
+// equations.
+inline double contract(double z, uint64_t& buffer, const Divisor& p, const Divisor& q) {
+  double digit, rest;
+  const Halves high = divide_buffer(buffer, p, digit);
+  const double quotient = divide(z * p.value, q, rest);
+  const double gap = rest == 0.0 ? 0.0 : q.value - rest;
+  digit += gap < p.value ? gap : 0.0;
+  digit -= digit >= p.value ? p.value : 0.0;
+  rest += digit;
+  const bool carry = rest >= q.value;
+  buffer = join_buffer(high, q, carry ? rest - q.value : rest);
+  return carry ? quotient + 1.0 : quotient;
+}
+
+// Scales (z, buffer) by q/p >= 1: the inverse of contract.
+inline double expand(double z, uint64_t& buffer, const Divisor& p, const Divisor& q) {
+  double digit, rest;
+  const Halves high = divide_buffer(buffer, q, digit);
+  const double quotient = divide(z * q.value + digit, p, rest);
+  double gap = rest - digit;
+  gap += gap < 0.0 ? q.value : 0.0;
+  digit = rest - (gap < p.value ? gap : 0.0);
+  digit += digit < 0.0 ? p.value : 0.0;
+  buffer = join_buffer(high, p, digit);
+  return quotient;
+}
+
+// One tile, scaled by n/d; kContract says that n <= d.
+template <bool kInverse, bool kContract>
 inline void scaled_tile(const Divisor& n, const Divisor& d, const int32_t* z, const int64_t* buffer,
                         const double* q, int64_t size, int64_t& out_of_range, int32_t* out,
                         int64_t* buffer_out) {
@@ -191,11 +225,15 @@ inline void scaled_tile(const Divisor& n, const Divisor& d, const int32_t* z, co
   for (int64_t i = 0; i < size; ++i) {
     uint64_t kept = static_cast<uint64_t>(buffer[i]);
     const double delta = clamp(q[i], -kIncrementBound, kIncrementBound);
-    const double value = static_cast<double>(z[i]);
-    const double next =
-        kInverse ? scale(value - delta, kept, d, n) : scale(value, kept, n, d) + delta;
+    double value = static_cast<double>(z[i]);
+    if (kInverse) {
+      const double whole = value - delta;
+      value = clamp(whole, -kScaledBound, kScaledBound);
+      bad |= value == whole ? 0 : 1;
+    }
+    const double scaled = kContract ? contract(value, kept, n, d) : expand(value, kept, d, n);
     buffer_out[i] = static_cast<int64_t>(kept);
-    out[i] = saturate(next, bad);
+    out[i] = saturate(kInverse ? scaled : scaled + delta, bad);
   }
   out_of_range |= bad;
 }
@@ -207,9 +245,12 @@ int32_t lattice_scaled(const LatticeArguments& arguments, int64_t begin, int64_t
   for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
     increment_tile(arguments, tile, nonfinite, q);
     const int64_t* ratio = arguments.ratio + (arguments.ratio_by_sample ? 4 * tile.row : 0);
-    scaled_tile<kInverse>(Divisor(ratio[0]), Divisor(ratio[1]), arguments.z + tile.begin,
-                          arguments.buffer + tile.begin, q, tile.size, out_of_range,
-                          arguments.out + tile.begin, arguments.buffer_out + tile.begin);
+    // The inverse scales by the exchanged ratio.
+    const Divisor n(ratio[kInverse ? 1 : 0]), d(ratio[kInverse ? 0 : 1]);
+    const auto run =
+        n.value <= d.value ? scaled_tile<kInverse, true> : scaled_tile<kInverse, false>;
+    run(n, d, arguments.z + tile.begin, arguments.buffer + tile.begin, q, tile.size, out_of_range,
+        arguments.out + tile.begin, arguments.buffer_out + tile.begin);
   }
   return status_bits(out_of_range, nonfinite);
 }

@@ -4,11 +4,15 @@
 A track x is stored as the int32 tensor ``Z = round(x * 2^K)``, where K is the number of fraction
 bits. An update adds a rounded increment to Z, an integer addition that the inverse undoes without
 error. A factor n/d in front of Z would lose the remainder, so every scaled element carries a
-buffer B >= 0 (int64) that keeps it (Maclaurin, Duvenaud, Adams 2015)::
+buffer B >= 0 (int64) that keeps it (after Maclaurin, Duvenaud, Adams 2015). For p/q <= 1, with
+floor division and T = Z*p + b,
 
-    B <- B*d + (Z mod d);  Z <- floor(Z/d);  Z <- Z*n + (B mod n);  B <- floor(B/n)
+    (h, b) = (B div p, (B mod p + s) mod p);  Z <- T div q;  B <- h*q + T mod q
 
-This map is a bijection of pairs (Z, B); its inverse is the same with n and d exchanged.
+is a bijection on pairs (Z, B) for any shift s that depends on Z*p alone; its inverse scales by q/p.
+Both stay within one unit and one times the factor of the exact product, for any p and q. The shift
+is s = -Z*p mod q where that is below p and else 0. With it a factor q/p >= 1 keeps B = 0 at 0: the
+image of an expansion is met again by the contraction with nothing to remember.
 
 The functions here work on host numbers, once per program. The operators on tensors are in
 ``inpo_fast.ops``.
@@ -25,6 +29,7 @@ import numpy.typing as npt
 
 __all__ = [
     "DEFAULT_FRAC_BITS",
+    "MAX_BUFFER",
     "MAX_FRAC_BITS",
     "MAX_RATIO_TERM",
     "buffer_bound",
@@ -40,6 +45,9 @@ MAX_FRAC_BITS = 30
 MAX_RATIO_TERM = 2**16
 """Largest n or d of a scale n/d."""
 
+MAX_BUFFER = 2**46
+"""Largest buffer: times a term it stays below 2^63."""
+
 
 def lattice_range(frac_bits: int = DEFAULT_FRAC_BITS) -> float:
     """Return the bound R = 2^(31-K) of the values that the lattice holds: -R <= x < R."""
@@ -48,31 +56,21 @@ def lattice_range(frac_bits: int = DEFAULT_FRAC_BITS) -> float:
     return math.ldexp(1.0, 31 - frac_bits)
 
 
-def rational(a: float, max_term: int = MAX_RATIO_TERM) -> tuple[int, int]:
-    """Return (n, d), the best approximation n/d of a > 0 with n and d in 1..max_term.
+def rational(value: float | Fraction) -> Fraction:
+    """Return the best rational n/d to `value` with n and d in 1..2^16 (continued fractions).
 
-    "Best" is by continued fractions, in the larger-is-at-most-``max_term`` sense: for a <= 1 the
-    error of n/d, for a > 1 the error of d/n is least. The error is usually near 2^-32 and at
-    worst 2^-17 (beside a simple fraction); 0.94 gives 47/50 exactly.
+    The error is usually near 2^-32 and at worst 2^-17 (beside a simple fraction); 0.94 gives 47/50
+    exactly. A value too small for such a fraction gives 1/2^16, which can still be inverted.
 
     Raises:
-        ValueError: a is not finite and positive, or too small or large for such a fraction.
+        ValueError: `value` is not in (0, 2^16].
     """
-    if not (math.isfinite(a) and a > 0):
-        raise ValueError(f"a must be finite and positive, got {a!r}")
-    if a > 1:
-        # limit_denominator bounds only the denominator, so the larger term must be below.
-        d, n = _best_fraction(1 / Fraction(a), max_term)
-    else:
-        n, d = _best_fraction(Fraction(a), max_term)
-    if n == 0 or d == 0:
-        raise ValueError(f"a must be in [1/{max_term}, {max_term}], got {a!r}")
-    return n, d
-
-
-def _best_fraction(value: Fraction, max_term: int) -> tuple[int, int]:
-    best = value.limit_denominator(max_term)
-    return best.numerator, best.denominator
+    if not 0 < value <= MAX_RATIO_TERM:
+        raise ValueError(f"a must be in (0, {MAX_RATIO_TERM}], got {float(value)}")
+    exact = Fraction(value)
+    limit = MAX_RATIO_TERM if exact <= 1 else max(1, int(MAX_RATIO_TERM / exact))
+    best = exact.limit_denominator(limit)
+    return best if best else Fraction(1, MAX_RATIO_TERM)
 
 
 def ratio_row(n: int, d: int) -> npt.NDArray[np.int64]:
@@ -95,21 +93,17 @@ def ratio_row(n: int, d: int) -> npt.NDArray[np.int64]:
     return np.array([int(n), int(d), *multipliers], dtype=np.uint64).view(np.int64)
 
 
-def buffer_bound(ratios: Iterable[tuple[int, int]], initial: int = 0) -> int:
-    """Return the largest value that the buffer can reach while a program runs.
+def buffer_bound(ratios: Iterable[Fraction]) -> int:
+    """Return the largest value that an empty buffer can reach while a track is scaled.
 
     Args:
-        ratios: the scales (n, d) of the updates of one track, in the order in which they run.
-            The inverse run passes through the same values, so one direction is enough.
-        initial: the largest buffer at the start.
-
-    The bound counts the intermediate value B*d + (Z mod d), which must stay below 2^63 for a
-    program to be valid: ``buffer_bound(...) < 2**63``.
+        ratios: the factors n/d of the updates of one track, in the order in which they run. The
+            inverse run passes through the same values, so one direction is enough.
     """
-    buffer = largest = int(initial)
-    for n, d in ratios:
-        # B*d + (Z mod d) <= B*d + d - 1, then divided by n.
-        combined = buffer * int(d) + int(d) - 1
-        largest = max(largest, combined)
-        buffer = combined // int(n)
-    return max(largest, buffer)
+    bound = largest = 0
+    for ratio in ratios:
+        n, d = ratio.as_integer_ratio()
+        # a digit base n becomes a digit base d; growing leaves an empty buffer empty
+        bound = 0 if n >= d and bound == 0 else bound // n * d + d - 1
+        largest = max(largest, bound)
+    return largest

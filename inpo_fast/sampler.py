@@ -19,9 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import ops
-from .lattice import DEFAULT_FRAC_BITS, lattice_range, ratio_row
+from .lattice import DEFAULT_FRAC_BITS, MAX_BUFFER, lattice_range, ratio_row
 from .solvers.program import (
-    MAX_BUFFER,
     AmplificationWarning,
     Ends,
     Program,

@@ -363,16 +363,13 @@ def lattice_scaled_update(
 ) -> tuple[Tensor, Tensor]:
     """Return Z', B': first (Z, B) scaled by n/d without loss, then Z + Q.
 
-    The scale is the bijection on pairs (Z, B)::
-
-        B <- B*d + (Z mod d);  Z <- floor(Z/d);  Z <- Z*n + (B mod n);  B <- floor(B/n)
-
-    and Q is that of ``lattice_update``.
+    The scale is the bijection on pairs (Z, B) of ``inpo_fast.lattice``, within 1 + n/d units of
+    Z*n/d, and Q is that of ``lattice_update``.
 
     Args:
         z, y, coef, m1, m2, frac_bits, status, impl: as in ``lattice_update``.
         buffer: the information buffer B of z, int64 [B, ...], never negative. That it stays
-            below 2^63 is the caller's to know beforehand: ``inpo_fast.lattice.buffer_bound``.
+            below 2^46 is the caller's to know beforehand: ``inpo_fast.lattice.buffer_bound``.
         ratio: rows of ``inpo_fast.lattice.ratio_row``, int64 [4] or [B, 4].
 
     Returns:

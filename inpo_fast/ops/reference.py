@@ -17,11 +17,10 @@ from inpo_fast.ops.status import STATUS_NONFINITE, STATUS_RANGE
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
-# Bounds that keep int64 (and float64) exact and that no valid state reaches. A scaled value is
-# below 2^31 * 2^16, so an increment beyond 2^50 always ends outside int32, and so does a quotient
-# beyond 2^33, because it is multiplied by at least 1.
+# Bounds that keep int64 (and float64) exact. An increment beyond 2^50 always ends outside int32;
+# what an inverse is to scale is out of range beyond 2^34, before it is multiplied by up to 2^16.
 INCREMENT_BOUND = 2**50
-QUOTIENT_BOUND = 2**33
+SCALED_BOUND = 2**34
 
 
 def _columns(table: Tensor, dim: int) -> tuple[Tensor, ...]:
@@ -167,12 +166,37 @@ def _lattice_increment(
     return _quantize(increment, frac_bits, status)
 
 
+def _divmod(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.div(x, v, rounding_mode="floor"), torch.remainder(x, v)
+
+
+def _contract(z: Tensor, buffer: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale (Z, B), int64 [B, ...], by p/q <= 1, [] or [B, 1, ...]; see ``inpo_fast.lattice``."""
+    high, digit = _divmod(buffer, p)
+    quotient, rest = _divmod(z * p, q)
+    gap = torch.where(rest == 0, 0, q - rest)
+    digit = torch.remainder(digit + torch.where(gap < p, gap, 0), p)
+    rest = rest + digit
+    carry = (rest >= q).to(torch.int64)
+    return quotient + carry, high * q + rest - carry * q
+
+
+def _expand(z: Tensor, buffer: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale (Z, B) by q/p >= 1: the inverse of ``_contract``."""
+    high, digit = _divmod(buffer, q)
+    quotient, rest = _divmod(z * q + digit, p)
+    gap = torch.remainder(rest - digit, q)
+    digit = torch.remainder(rest - torch.where(gap < p, gap, 0), p)
+    return quotient, high * p + digit
+
+
 def _scale(z: Tensor, buffer: Tensor, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Scale (Z, B), int64 [B, ...], by n/d, [] or [B, 1, ...], losing nothing."""
-    buffer = buffer * d + torch.remainder(z, d)
-    quotient = torch.div(z, d, rounding_mode="floor").clamp(-QUOTIENT_BOUND, QUOTIENT_BOUND)
-    z = quotient * n + torch.remainder(buffer, n)
-    return z, torch.div(buffer, n, rounding_mode="floor")
+    small, large = torch.minimum(n, d), torch.maximum(n, d)
+    contracted = _contract(z, buffer, small, large)
+    expanded = _expand(z, buffer, small, large)
+    scaled, kept = (torch.where(n <= d, c, e) for c, e in zip(contracted, expanded, strict=True))
+    return scaled, kept
 
 
 def _lattice_scaled(
@@ -191,7 +215,10 @@ def _lattice_scaled(
     n, d, _, _ = _columns(ratio, z.dim())
     q = _lattice_increment(y, m1, m2, coef, frac_bits, status)  # [B, ...]
     if inverse:
-        return _scale(z.to(torch.int64) - q, buffer, d, n)
+        whole = z.to(torch.int64) - q
+        inside = whole.clamp(-SCALED_BOUND, SCALED_BOUND)
+        _flag(status, STATUS_RANGE, inside != whole)
+        return _scale(inside, buffer, d, n)
     scaled, buffer = _scale(z.to(torch.int64), buffer, n, d)
     return scaled + q, buffer
 

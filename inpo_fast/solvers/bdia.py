@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from ..lattice import rational
 from ..schedule import NoiseSchedule
-from .program import Direction, Program, Update, model_update, rational
+from .program import Direction, Program, Update, model_update
 from .two_step import two_step_program
 
 

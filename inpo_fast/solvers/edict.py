@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from ..lattice import rational
 from ..schedule import NoiseSchedule
-from .program import Direction, Program, Update, model_update, nodes_of, rational
+from .program import Direction, Program, Update, model_update, nodes_of
 
 
 def edict(

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from ..lattice import MAX_RATIO_TERM, rational
 from ..schedule import NoiseSchedule
-from .program import MAX_DENOMINATOR, Direction, Program, Update, model_update, rational
+from .program import Direction, Program, Update, model_update
 from .two_step import two_step_program
 
 
@@ -37,9 +38,9 @@ def obelm_update(schedule: NoiseSchedule, i: int) -> Update:
     """
     scale, tau = schedule.scale, schedule.tau
     h, h_next = tau[i] - tau[i - 1], tau[i + 1] - tau[i]
-    if h > h_next * MAX_DENOMINATOR**0.5:
+    if h > h_next * MAX_RATIO_TERM**0.5:
         raise ValueError(
-            f"timesteps: O-BELM needs a = h_i²/h_(i+1)² of at most {MAX_DENOMINATOR}, got "
+            f"timesteps: O-BELM needs a = h_i²/h_(i+1)² of at most {MAX_RATIO_TERM}, got "
             f"{(h / h_next) ** 2:.0f} at timestep {schedule.timesteps[i]:g}, where a step follows "
             f"one that is {h / h_next:.0f} times shorter"
         )

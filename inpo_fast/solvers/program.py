@@ -23,14 +23,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ..lattice import MAX_RATIO_TERM, buffer_bound
 from ..schedule import Array, NoiseSchedule
-
-MAX_DENOMINATOR = 2**16
-"""Largest numerator and denominator of a (the lattice keeps B·d + d below 2^62 for B below
-2^46)."""
-
-MAX_BUFFER = 2**46
-"""Largest information buffer a program may need on the lattice; float states have none."""
 
 AMPLIFICATION_LIMIT = 1e4
 """Programs above this warn: an error of the lattice's 1e-6 would end as 1 % of the noise."""
@@ -38,17 +32,6 @@ AMPLIFICATION_LIMIT = 1e4
 
 class AmplificationWarning(UserWarning):
     """A program magnifies perturbations so much that its end state may be useless."""
-
-
-def rational(value: float | Fraction) -> Fraction:
-    """The best rational n/d to `value` with n and d at most 2^16 (continued fractions)."""
-    exact = Fraction(value)
-    if not 0 < exact <= MAX_DENOMINATOR:
-        raise ValueError(f"a must be in (0, {MAX_DENOMINATOR}], got {float(value)}")
-    limit = MAX_DENOMINATOR if exact <= 1 else max(1, int(MAX_DENOMINATOR / exact))
-    best = exact.limit_denominator(limit)
-    # a positive a must stay positive to be invertible
-    return best if best else Fraction(1, MAX_DENOMINATOR)
 
 
 @dataclass(frozen=True)
@@ -84,9 +67,9 @@ class Update:
     def __post_init__(self) -> None:
         if self.track not in (0, 1):
             raise ValueError(f"track must be 0 or 1, got {self.track}")
-        if not 0 <= self.a <= MAX_DENOMINATOR or max(self.a.as_integer_ratio()) > MAX_DENOMINATOR:
+        if not 0 <= self.a <= MAX_RATIO_TERM or max(self.a.as_integer_ratio()) > MAX_RATIO_TERM:
             raise ValueError(
-                f"a must be a rational with terms up to {MAX_DENOMINATOR}, got {self.a}"
+                f"a must be a rational with terms up to {MAX_RATIO_TERM}, got {self.a}"
             )
         if self.inverse and self.a == 0:
             raise ValueError("an update with a = 0 forgets its track and has no inverse")
@@ -258,16 +241,17 @@ class Program:
     def max_buffer(self) -> int:
         """Largest value that the information buffer of either track can reach, from an empty
         one."""
-        bound, worst = [0, 0], 0
-        for update in self.updates:
-            n, d = update.a.as_integer_ratio()
-            if n == 0:
-                bound[update.track] = 0
-                continue
-            if update.inverse:
-                n, d = d, n
-            bound[update.track] = (bound[update.track] * d + d - 1) // n
-            worst = max(worst, bound[update.track])
+        worst = 0
+        for track in (0, 1):
+            ratios: list[Fraction] = []
+            for update in self.updates:
+                if update.track != track:
+                    continue
+                if update.starts:
+                    worst, ratios = max(worst, buffer_bound(ratios)), []
+                else:
+                    ratios.append(1 / update.a if update.inverse else update.a)
+            worst = max(worst, buffer_bound(ratios))
         return worst
 
     @property

@@ -21,9 +21,10 @@ from inpo_fast.solvers import (
     edict,
     obelm,
 )
-from inpo_fast.solvers.program import AMPLIFICATION_LIMIT, MAX_DENOMINATOR, rational
+from inpo_fast.solvers.program import AMPLIFICATION_LIMIT
 from tests.solvers.oracle import FrozenVelocityModel, interpret
 from tests.solvers.strategies import SCALED_LINEAR, ZERO_SNR, reversible_programs
+from tests.test_lattice import scale as scale_integers
 
 EPS = np.finfo(np.float64).eps
 
@@ -166,13 +167,6 @@ def test_amplification_beyond_float64_is_infinite():
 # --- Information buffer -----------------------------------------------------------------------
 
 
-def scaled(z: int, buffer: int, n: int, d: int) -> tuple[int, int]:
-    """The bijection of the lattice on one element, in Python's integers."""
-    buffer = buffer * d + z % d
-    z = z // d * n + buffer % n
-    return z, buffer // n
-
-
 def largest_buffers(program, choose) -> list[int]:
     """The largest buffer of each update; `choose(n, d)` says what the track holds before it."""
     buffers, seen = [0, 0], []
@@ -183,7 +177,7 @@ def largest_buffers(program, choose) -> list[int]:
         n, d = u.a.as_integer_ratio()
         if u.inverse:
             n, d = d, n
-        _, buffers[u.track] = scaled(choose(n, d), buffers[u.track], n, d)
+        _, buffers[u.track] = scale_integers(choose(n, d), buffers[u.track], n, d)
         assert buffers[u.track] >= 0
         seen.append(buffers[u.track])
     return seen
@@ -192,60 +186,24 @@ def largest_buffers(program, choose) -> list[int]:
 @pytest.mark.filterwarnings("ignore::inpo_fast.AmplificationWarning")
 @given(reversible_programs(), st.randoms(use_true_random=False))
 @settings(max_examples=40, derandomize=True, deadline=None)
-def test_max_buffer_bounds_the_buffer_and_is_reached(case, random):
+def test_max_buffer_bounds_the_buffer(case, random):
     _, program = case
     for p in (program, program.inverse()):
         drawn = largest_buffers(p, lambda n, d: random.randint(-(2**31), 2**31 - 1))
         assert all(b <= p.max_buffer for b in drawn)
-        # the remainder d − 1 every time is as bad as it gets, and reaches the bound
-        assert max(largest_buffers(p, lambda n, d: -1), default=0) == p.max_buffer
 
 
 @pytest.mark.filterwarnings("ignore::inpo_fast.AmplificationWarning")
 def test_buffer_of_known_programs():
-    # design: 50 steps at γ = 15/16 need 5 bits when sampling, none when inverting from an image
+    # 25 steps a track at γ = 15/16 lose 2.3 bits when sampling (worst digits: a geometric sum), and
+    # nothing when inverting from an image
     program = bdia(stable_diffusion(50), gamma=Fraction(15, 16))
-    assert 2**4 <= program.max_buffer < 2**5 * 15
+    assert 2**4 <= program.max_buffer < 225 * (16 / 15) ** 25
     assert bdia(stable_diffusion(50), gamma=Fraction(15, 16), direction="invert").max_buffer == 0
     assert bdia(stable_diffusion(50)).max_buffer == 0 and not bdia(stable_diffusion(50)).scales
     assert program.scales and edict(stable_diffusion(3)).scales
     # every step of γ = 1/2 keeps one bit: 2^24 and 2^25 halvings over the two tracks
     assert bdia(stable_diffusion(50), gamma=0.5).max_buffer == 2**25 - 1
-
-
-@given(st.fractions(min_value=Fraction(1, 2**16), max_value=2**16) | st.floats(2**-16, 2**16))
-@settings(max_examples=300, derandomize=True, deadline=None)
-def test_rational_is_the_best(value):
-    best, exact = rational(value), Fraction(value)
-    n, d = best.as_integer_ratio()
-    assert 1 <= n <= MAX_DENOMINATOR and 1 <= d <= MAX_DENOMINATOR
-    limit = MAX_DENOMINATOR if exact <= 1 else max(1, int(MAX_DENOMINATOR / exact))
-    for q in {1, 2, 3, 7, 100, limit // 3, limit // 2, limit - 1, limit}:
-        if 1 <= q <= limit:
-            # the nearest fraction with this denominator is no nearer
-            near = Fraction(round(exact * q), q)
-            assert near == 0 or abs(exact - best) <= abs(exact - near)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (0.94, "47/50"),
-        (0.93, "93/100"),
-        (1, "1"),
-        (15 / 16, "15/16"),
-        (2.5, "5/2"),
-        (1e-9, "1/65536"),
-    ],
-)
-def test_rational_of_decimals(value, expected):
-    assert str(rational(value)) == expected
-
-
-@pytest.mark.parametrize("value", [0, -1, 2**16 + 1])
-def test_rational_refuses(value):
-    with pytest.raises(ValueError, match="a must be in"):
-        rational(value)
 
 
 # --- What a program is ------------------------------------------------------------------------
