@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ["bindings.cpp", "common.cpp", "preference.cpp", "reversible.cpp"]
@@ -25,6 +26,14 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
 
 MODE = os.environ.get("INPO_FAST_NATIVE", "")
+
+
+class SourceArchive(sdist):
+    """An sdist with csrc, also where no extension, and so none of its sources, is declared."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        sources = (str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*")))
+        super().make_release_tree(base_dir, sorted({*files, *sources}))
 
 
 def notice(reason: str) -> None:
@@ -73,4 +82,6 @@ def native() -> dict[str, Any]:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 
-setup(**native())
+arguments = native()
+arguments.setdefault("cmdclass", {})["sdist"] = SourceArchive
+setup(**arguments)
