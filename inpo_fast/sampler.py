@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from . import ops
 from .lattice import DEFAULT_FRAC_BITS, MAX_BUFFER, lattice_range, ratio_row
@@ -108,6 +105,8 @@ class State:
         Raises:
             LatticeRangeError, NonFiniteError: the run has gone wrong before this moment.
         """
+        from safetensors.torch import save_file
+
         if self.status is not None:
             ops.check_status(self.status)
         path = Path(path)
@@ -139,6 +138,8 @@ class State:
             FileNotFoundError: no such file.
             ValueError: the file is corrupt or is not such a state.
         """
+        from safetensors import SafetensorError, safe_open
+
         if not Path(path).is_file():
             raise FileNotFoundError(f"no state file at {os.fspath(path)}")
         try:
@@ -404,6 +405,8 @@ class Sampler:
             NonFiniteError: NaN or infinity from the model; names the step.
             ValueError: shapes, dtypes or programs that do not agree.
         """
+        from tqdm.auto import tqdm
+
         state = self._resume(initial) if isinstance(initial, State) else self.start(initial)
         sample = state.tracks[state.output]
         assert sample is not None
