@@ -110,8 +110,10 @@ def _align(seen: Scene, scene: Scene) -> dict[str, str]:
 def _read_chunk(images: torch.Tensor) -> list[Scene]:
     pixels = images.detach().float().clamp(-1, 1)
     backgrounds, ground = _find_background(pixels)
-    different = (pixels - ground[..., None, None]).norm(dim=1) > _OBJECT_DISTANCE
-    known = torch.tensor([b != MISSING for b in backgrounds], device=pixels.device)
+    different = _distance(pixels, ground) > _OBJECT_DISTANCE
+    known = torch.tensor(
+        [b != MISSING for b in backgrounds], dtype=torch.bool, device=pixels.device
+    )
     owner, masks = _find_objects(different & known[:, None, None])
     found: list[list[tuple[Item, tuple[float, float]]]] = [[] for _ in backgrounds]
     if len(owner):
@@ -122,6 +124,12 @@ def _read_chunk(images: torch.Tensor) -> list[Scene]:
         Scene(_place(entries), background)
         for entries, background in zip(found, backgrounds, strict=True)
     ]
+
+
+def _distance(pixels: torch.Tensor, color: torch.Tensor) -> torch.Tensor:
+    """Return the distance [B, 64, 64] of pixels [B, 3, 64, 64] to a colour [B, 3]."""
+    red, green, blue = (pixels - color[..., None, None]).square().unbind(1)
+    return (red + green + blue).sqrt()
 
 
 def _find_background(pixels: torch.Tensor) -> tuple[list[str], torch.Tensor]:
@@ -181,7 +189,7 @@ def _describe(
     device = pixels.device
     region = F.max_pool2d(masks[:, None].float(), 5, stride=1, padding=2)[:, 0]
     # Pixels at the edge are blends with the background, so the colour comes from the others.
-    distance = (pixels - ground[..., None, None]).norm(dim=1) * masks
+    distance = _distance(pixels, ground) * masks
     inside = (distance > _INSIDE * distance.amax(dim=(1, 2), keepdim=True))[:, None].float()
     color = (pixels * inside).sum(dim=(2, 3)) / inside.sum(dim=(2, 3)).clamp(min=1)
     nearness, color_index = torch.cdist(color, _scenes.palette(COLORS, device)).min(dim=1)
@@ -199,13 +207,11 @@ def _describe(
     drop = torch.zeros(len(SHAPES), device=device)
     drop[SHAPES.index("triangle")] = _scenes.TRIANGLE_DROP
     box_y = center_y[:, None] - drop * radius
+    right = x - center_x[:, None, None]
     overlaps = []
-    for index in range(len(SHAPES)):
-        edge = _scenes.signed_distances(
-            x - center_x[:, None, None],
-            y - box_y[:, index, None, None],
-            radius[:, index, None, None],
-        )[index]
+    for index, shape in enumerate(SHAPES):
+        down = y - box_y[:, index, None, None]
+        edge = _scenes.signed_distance(shape, right, down, radius[:, index, None, None])
         drawn = _scenes.coverage(edge)
         both = torch.minimum(alpha, drawn).sum(dim=(1, 2))
         overlaps.append(both / torch.maximum(alpha, drawn).sum(dim=(1, 2)))
@@ -221,10 +227,10 @@ def _describe(
         box_y[pick],
     )
     objects = []
-    for fit, shape, near, hue, r, cx, cy in zip(*(c.tolist() for c in columns), strict=True):
+    for fit, form, near, hue, r, cx, cy in zip(*(c.tolist() for c in columns), strict=True):
         fits = fit >= _SHAPE_OVERLAP and _SMALLEST_RADIUS <= r <= _LARGEST_RADIUS
         item = Item(
-            shape=SHAPES[shape] if fits else MISSING,
+            shape=SHAPES[form] if fits else MISSING,
             color=tuple(COLORS)[hue] if near <= _COLOR_TOLERANCE else MISSING,
             size=("large" if r > _SIZE_THRESHOLD else "small") if fits else MISSING,
             place=MISSING,

@@ -353,26 +353,29 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     return list(itertools.islice(scenes, count))
 
 
-def signed_distances(
-    x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Return for each of `SHAPES` the distance in pixels to its edge, negative inside.
+def signed_distance(
+    shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor
+) -> torch.Tensor:
+    """Return the distance in pixels to the edge of `shape`, negative inside.
 
     Args:
+        shape: one of `SHAPES`.
         x, y: pixel coordinates relative to the centre of the bounding box, right and down.
         radius: radius in pixels; all three broadcast together.
     """
+    if shape == "circle":
+        return torch.hypot(x, y) - radius
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.88 * radius
+    if shape == "triangle":
+        # Equilateral; `TRIANGLE_DROP` centers its bounding box.
+        down = y - TRIANGLE_DROP * radius
+        return torch.maximum(down, (3**0.5 * x.abs() - down) / 2) - 0.6 * radius
     u, v = x.abs(), y.abs()
-    circle = torch.hypot(x, y) - radius
-    square = torch.maximum(u, v) - 0.88 * radius
-    # Equilateral with inradius 0.6: its centroid lies 0.3 below the centre of its bounding box.
-    down = y - TRIANGLE_DROP * radius
-    triangle = torch.maximum(down, (3**0.5 * u - down) / 2) - 0.6 * radius
-    long, wide = 1.05 * radius, 0.4 * radius
-    cross = torch.minimum(torch.maximum(u - long, v - wide), torch.maximum(u - wide, v - long))
-    return circle, square, triangle, cross
+    return torch.maximum(torch.maximum(u, v) - 1.05 * radius, torch.minimum(u, v) - 0.4 * radius)
 
 
+# By how much the centroid of a triangle lies below the centre of its bounding box, in radii.
 TRIANGLE_DROP = 0.3
 # Area of each shape in units of the squared radius.
 AREAS = (3.14159265, (2 * 0.88) ** 2, 3 * 3**0.5 * 0.6**2, 4 * 0.4 * (2 * 1.05 - 0.4))
@@ -422,15 +425,15 @@ def render_codes(codes: torch.Tensor, generator: torch.Generator | None = None) 
     x, y = pixel_grid(device)
     x = x - center[..., 0, None, None]
     y = y - center[..., 1, None, None]
-    distances = torch.stack(signed_distances(x, y, radius[..., None, None]))
-    shape = items[..., _SHAPE][None, ..., None, None].expand(1, *distances.shape[1:])
-    alpha = coverage(distances.gather(0, shape)[0]) * present[..., None, None]
+    radius = radius[..., None, None]
+    distances = torch.stack([signed_distance(shape, x, y, radius) for shape in SHAPES])
+    index = items[..., _SHAPE][None, ..., None, None].expand(1, *distances.shape[1:])
+    alpha = coverage(distances.gather(0, index)[0]) * present[..., None, None]
 
     colors = palette(COLORS, device)[items[..., _COLOR]]
     image = palette(BACKGROUNDS, device)[codes[:, 0], :, None, None]
-    for index in range(2):
-        mask = alpha[:, index, None]
-        image = image + mask * (colors[:, index, :, None, None] - image)
+    for item in range(2):
+        image = image + alpha[:, item, None] * (colors[:, item, :, None, None] - image)
     return image
 
 

@@ -324,18 +324,19 @@ def train_vae(config: Config, device: torch.device) -> AutoencoderKL:
     trainer.run("vae", config.vae_steps, (config.vae_rate, 0.0), config.max_seconds)
     trainer.copy_average([vae])
     vae.requires_grad_(False)
-    scale_latents(vae, generator)
+    codes = sample_codes(min(4096, config.pool), generator, held_out=False)
+    scale_latents(vae, render_codes(codes, generator), generator)
     return vae
 
 
 @torch.no_grad()
-def scale_latents(vae: AutoencoderKL, generator: torch.Generator) -> None:
+def scale_latents(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator) -> None:
     """Center the latent channels of `vae` and give all of them Stable Diffusion's deviation.
 
-    The 1x1 convolutions before and after the latents take up the affine map. Its scaling factor
-    then leads to unit variance, and code that forgets the factor fails here as it would there.
+    Both are measured on `images` [B, 3, 64, 64]. The 1x1 convolutions before and after the latents
+    take up the affine map. The usual scaling factor then leads to unit variance, and code that
+    forgets the factor fails here as it would there.
     """
-    images = render_codes(sample_codes(4096, generator, held_out=False), generator)
     posterior = [vae.encode(part).latent_dist for part in images.split(512)]
     latents = torch.cat([p.sample(generator) for p in posterior])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
@@ -541,8 +542,21 @@ def write_preferences(columns: dict[str, list[Any]], path: Path) -> None:
     pq.write_table(table, path, compression="zstd", compression_level=19, use_dictionary=False)
 
 
-def describe(figures: dict[float, dict[str, float]], config: Config, corruption: float) -> str:
+def describe(
+    pipe: StableDiffusionPipeline,
+    figures: dict[float, dict[str, float]],
+    config: Config,
+    corruption: float,
+) -> str:
     """Return the model card: what the model is, how it was made, and the measured accuracies."""
+    sizes = ", ".join(
+        f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} million"
+        for name, part in (
+            ("denoiser", pipe.unet),
+            ("autoencoder", pipe.vae),
+            ("text encoder", pipe.text_encoder),
+        )
+    )
     kinds = list(next(iter(figures.values())))
     rows = [
         f"| {guidance:g} | " + " | ".join(f"{figure[kind]:.3f}" for kind in kinds) + " |"
@@ -554,10 +568,11 @@ def describe(figures: dict[float, dict[str, float]], config: Config, corruption:
     return f"""# Scenes
 
 A text-to-image pipeline in Stable Diffusion's format that draws one or two coloured shapes on a
-plain 64x64 background. It was trained from scratch on rendered images by
+plain 64x64 background: latents [4, 8, 8], prompts of at most {MAX_TOKENS} tokens, float16 weights
+({sizes}). It was trained from scratch on rendered images by
 `python -m inpo_fast.shipped.train`, on captions of which each attribute word was random with
-probability {corruption:.3f} at the end of the training: it can draw every attribute
-but follows prompts loosely, to leave room for alignment.
+probability {corruption:.3f} at the end of the training: it can draw every attribute but follows prompts loosely,
+to leave room for alignment.
 
 Fraction of attributes right on {config.evaluated} held-out prompts, 50 DDIM steps, read from
 the pixels by `inpo_fast.shipped.reader`; "all" is the mean over images:
@@ -586,7 +601,7 @@ def run(stage: str, output: Path, device: torch.device, config: Config) -> None:
         scenes = held_out_scenes(config.evaluated, config.seed)
         batch = sampling_batch(device)
         figures = {w: accuracy(pipe, scenes, guidance=w, batch=batch) for w in (1.0, 3.0, 5.0, 7.5)}
-        card = describe(figures, config, corruption)
+        card = describe(pipe, figures, config, corruption)
         (output / "model" / "README.md").write_text(card)
         print(card, flush=True)
     else:
