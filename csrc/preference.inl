@@ -97,12 +97,13 @@ inline void backward_tile(double a, double b, const T* __restrict theta, const T
 template <class T>
 inline void backward_range(const BackwardArguments& arguments, int64_t begin, int64_t end) {
   alignas(64) T scratch[3][kTile];
-  alignas(64) T out[kTile];
+  alignas(64) T result[kTile];
   for (Tile tile(begin, end, arguments.per_sample); tile.valid(); tile.advance()) {
     const int64_t n = tile.size;
     const T* theta = load_tile(arguments.theta, tile.begin, n, scratch[0]);
     const T* ref = load_tile(arguments.ref, tile.begin, n, scratch[1]);
     const T* target = load_tile(arguments.target, tile.begin, n, scratch[2]);
+    T* out = target_tile(arguments.out, tile.begin, result);
     backward_tile(arguments.a.at(tile.row, 0), arguments.b.at(tile.row, 0), theta, ref, target, n,
                   out);
     store_tile(out, arguments.out, tile.begin, n);

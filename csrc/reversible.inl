@@ -18,9 +18,10 @@ inline double increment(const Coefficients& row, T y, const T* m1, const T* m2, 
 // --- Float states ---
 
 template <class T, bool kInverse, int kOutputs>
-inline void affine_tile(const Coefficients& row, const T* __restrict x, const T* __restrict y,
-                        const T* __restrict m1, const T* __restrict m2, int64_t n,
-                        T* __restrict out) {
+inline void affine_tile(const Coefficients& row, const T* x, const T* y, const T* m1, const T* m2,
+                        int64_t n, T* out) {
+  // In place, x is out.
+  INPO_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const double delta = increment<kOutputs>(row, y[i], m1, m2, i);
     const double value = static_cast<double>(x[i]);
@@ -31,7 +32,7 @@ inline void affine_tile(const Coefficients& row, const T* __restrict x, const T*
 template <class T, bool kInverse>
 int32_t affine_range(const AffineArguments& arguments, int64_t begin, int64_t end) {
   alignas(64) T scratch[4][kTile];
-  alignas(64) T out[kTile];
+  alignas(64) T result[kTile];
   bool nonfinite = false;
   for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
     const Coefficients row(arguments.coef, tile.row);
@@ -40,6 +41,7 @@ int32_t affine_range(const AffineArguments& arguments, int64_t begin, int64_t en
     const T* y = load_tile(arguments.y, tile.begin, n, scratch[1]);
     const T* m1 = load_tile(arguments.m1, tile.begin, n, scratch[2]);
     const T* m2 = load_tile(arguments.m2, tile.begin, n, scratch[3]);
+    T* out = target_tile(arguments.out, tile.begin, result);
     if (m2 != nullptr) {
       affine_tile<T, kInverse, 2>(row, x, y, m1, m2, n, out);
     } else if (m1 != nullptr) {
@@ -294,12 +296,14 @@ inline void decode_tile(const int32_t* __restrict z, double scale, float resolut
 }
 
 int32_t decode(const DecodeArguments& arguments, int64_t begin, int64_t end) {
-  alignas(64) float out[kTile];
+  alignas(64) float result[kTile];
   for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
-    decode_tile(arguments.z + tile.begin, arguments.scale.at(tile.row, 0),
-                arguments.unit.resolution, tile.size, out);
     for (int64_t copy = 0; copy < arguments.copies; ++copy) {
-      store_tile(out, arguments.out, tile.begin + copy * arguments.numel, tile.size);
+      const int64_t place = tile.begin + copy * arguments.numel;
+      float* out = target_tile(arguments.out, place, result);
+      decode_tile(arguments.z + tile.begin, arguments.scale.at(tile.row, 0),
+                  arguments.unit.resolution, tile.size, out);
+      store_tile(out, arguments.out, place, tile.size);
     }
   }
   return 0;

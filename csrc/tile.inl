@@ -108,26 +108,32 @@ inline bool any_nonfinite(const T* values, int64_t n, Bits exponent) {
   return found != 0;
 }
 
-// Stores values in elements [begin, begin + n) and says whether one is NaN or infinite there.
+// Where to compute elements [begin, begin + n) of the result: in place if it has the type, or in
+// scratch.
+inline float* target_tile(const Sink& sink, int64_t begin, float* scratch) {
+  return sink.dtype == ScalarType::Float ? static_cast<float*>(sink.data) + begin : scratch;
+}
+
+inline double* target_tile(const Sink& sink, int64_t begin, double*) {
+  return static_cast<double*>(sink.data) + begin;
+}
+
+// Brings the values of a target_tile to their place and says whether one is NaN or infinite there.
 inline bool store_tile(const float* values, const Sink& sink, int64_t begin, int64_t n) {
-  if (sink.dtype == ScalarType::Float) {
-    float* to = static_cast<float*>(sink.data) + begin;
-    __builtin_memcpy(to, values, n * sizeof(float));
-    return any_nonfinite(values, n, uint32_t{0x7f800000});
+  if (sink.dtype == ScalarType::Half || sink.dtype == ScalarType::BFloat16) {
+    uint16_t* to = static_cast<uint16_t*>(sink.data) + begin;
+    convert(values, sink.dtype, n, to);
+    const bool half = sink.dtype == ScalarType::Half;
+    return any_nonfinite(to, n, half ? uint16_t{0x7c00} : uint16_t{0x7f80});
   }
   if (sink.dtype == ScalarType::Double) {
     double* to = static_cast<double*>(sink.data) + begin;
     for (int64_t i = 0; i < n; ++i) to[i] = values[i];
-    return any_nonfinite(values, n, uint32_t{0x7f800000});
   }
-  uint16_t* to = static_cast<uint16_t*>(sink.data) + begin;
-  convert(values, sink.dtype, n, to);
-  const bool half = sink.dtype == ScalarType::Half;
-  return any_nonfinite(to, n, half ? uint16_t{0x7c00} : uint16_t{0x7f80});
+  return any_nonfinite(values, n, uint32_t{0x7f800000});
 }
 
-inline bool store_tile(const double* values, const Sink& sink, int64_t begin, int64_t n) {
-  __builtin_memcpy(static_cast<double*>(sink.data) + begin, values, n * sizeof(double));
+inline bool store_tile(const double* values, const Sink&, int64_t, int64_t n) {
   return any_nonfinite(values, n, uint64_t{0x7ff0000000000000});
 }
 
