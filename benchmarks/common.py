@@ -7,6 +7,8 @@ in ``unit``, ``ratios`` (above 1 is in our favour), and ``target``, the ratios t
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -50,6 +52,7 @@ def machine(device: str) -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": [round(load, 1) for load in os.getloadavg()],
     }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
@@ -117,6 +120,19 @@ def write(path: Path, device: str, rows: list[Row]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, so that a result goes into memory that was used before.
+
+    That is the state of a run of many steps. Without it the first touch of 64 MiB of new pages
+    takes longer than any of the operators, for everyone alike.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # of glibc
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 Times = dict[str, list[float]]

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, interleaved, median_us, speedup
+from benchmarks.common import Row, interleaved, keep_freed_memory, median_us, speedup
 from inpo_fast import ops
 from inpo_fast.lattice import ratio_row
 from inpo_fast.ops.registration import REFERENCE
@@ -60,7 +61,8 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     # a < 1 keeps a state that is updated in place again and again where it is.
     coef = torch.tensor([0.9, 0.05, -0.05, 0.02], device=device)  # [4]
-    ratio = torch.from_numpy(ratio_row(15, 16)).to(device)  # [4]
+    # These scales shrink the buffer, which an operator in place is given again and again.
+    grow, shrink = (torch.from_numpy(ratio_row(*t)).to(device) for t in ((16, 15), (15, 16)))  # [4]
     scale = torch.ones(1, device=device)
     status = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -82,6 +84,7 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     yield Case("lattice_update_", "2 x bfloat16", [z, zy, m1, m2, coef, 20, status], 16)
     kept = buffer()
     for suffix in ("update", "update_", "inverse", "inverse_"):
+        ratio = grow if "update" in suffix else shrink
         arguments = [z, kept, zy, m1, None, coef, ratio, 20, status]
         yield Case(f"lattice_scaled_{suffix}", "bfloat16", arguments, 30)
     yield Case("lattice_encode", "float32", [x, scale, 20, status], 8)
@@ -123,12 +126,13 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
     available, reason = ops.backends()["native"]
     if not available:
         raise SystemExit(f"benchmarks: nothing to measure: {reason}")
+    keep_freed_memory()
     namespace = torch.ops.inpo_fast
     for size, shape in SIZES.items():
         large = size == "2^24"
         rounds = 3 if quick else 9 if large else 21
-        old = torch.empty(shape, device=device)
         new = torch.randn(shape, device=device)
+        copy_into_old = partial(torch.empty_like(new).copy_, new)
         for case in cases(shape, device):
             # Each case is compiled by itself, for its shapes: the best that the compiler can do.
             torch._dynamo.reset()
@@ -141,10 +145,9 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
             agree(case, functions)
             in_place = case.name.endswith("_")
             contenders = {
-                name: (lambda function=function, a=case.arguments: function(*a))
-                for name, function in functions.items()
+                n: partial(function, *case.arguments) for n, function in functions.items()
             }
-            contenders["copy"] = (lambda: old.copy_(new)) if in_place else new.clone
+            contenders["copy"] = copy_into_old if in_place else new.clone
             if case.plain is not None:
                 contenders["eager_float32"] = case.plain
             times = interleaved(contenders, device=device, rounds=rounds)

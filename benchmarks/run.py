@@ -19,10 +19,11 @@ BENCHMARKS = ("ops",)
 
 def line(row: common.Row) -> str:
     """Return a row as a line of text: ratios, and a mark where a target is missed."""
-    ratios = "  ".join(
-        f"{name} {value:6.2f}{'' if value >= row.target.get(name, 0) else ' (target ' + format(row.target[name], '.2g') + ')'}"
-        for name, value in row.ratios.items()
-    )
+    parts = []
+    for name, value in row.ratios.items():
+        missed = value < row.target.get(name, 0.0)
+        parts.append(f"{name} {value:6.2f}" + (f" < {row.target[name]:g}" if missed else ""))
+    ratios = "  ".join(parts)
     mark = {True: "met ", False: "MISS", None: "    "}[row.met]
     return f"{mark} {row.case:44} {row.ours:12.1f} {row.unit}  {ratios}"
 
