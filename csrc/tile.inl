@@ -5,7 +5,7 @@
 namespace inpo_fast {
 namespace INPO_TARGET {
 
-constexpr int64_t kTile = 512;
+constexpr int64_t kTile = 256;
 
 template <class To, class From>
 inline To bits_as(From from) {

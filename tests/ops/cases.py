@@ -13,7 +13,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {}
 SHAPES = [
     (2, 4, 8, 8),  # whole vectors
     (3, 5, 7, 11),  # no power of two
-    (2, 2, 17, 31),  # samples longer than a tile of 512, not a multiple of it
+    (2, 2, 17, 31),  # samples longer than a tile of 256, not a multiple of it
     (1, 1, 1, 1),
     (2, 3, 1, 4),  # a dimension whose stride means nothing
     (0, 4, 8, 8),
