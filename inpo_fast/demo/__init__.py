@@ -33,10 +33,10 @@ class Settings:
         seed: of everything.
     """
 
-    scenes: int = 8
+    scenes: int = 4
     round_trips: tuple[roundtrip.Setting, ...] = (roundtrip.Setting(),)
-    edits: int = 32
-    edit_steps: int = 50
+    edits: int = 48
+    edit_steps: int = 25
     edit_guidance: float = 3.0
     align: align.Settings = field(default_factory=align.Settings)
     seed: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..shipped import reader, scenes
 from ..training.latents import NoisyLatents, ddim_inversion, q_sample
 from .measures import mean_and_error
 from .pipeline import Pipeline
-from .preferences import MicroBatch, Pairs, load_pairs, plan
+from .preferences import MicroBatch, Pairs, depth_buckets, load_pairs, plan
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,26 @@ class Settings:
     Attributes:
         objectives: run in order.
         steps: optimiser steps.
-        pairs: pairs of a micro-batch; a step has one micro-batch for every depth.
-        depths: most DDIM inversion steps of InPO (10 in the paper), and so micro-batches of a step.
+        pairs: pairs of a micro-batch; a step has one micro-batch for every inversion depth.
+        max_depth: DDIM inversion steps of InPO that would reach the last timestep (10 in the
+            paper); see `inpo_fast.training.latents.inversion_depth`.
+        first_timestep: timesteps are uniform from here on. A scene's attributes are decided where
+            noise is strong. Below, the errors are larger and say nothing about them, and in so
+            short a training their noise drowns the rest.
         prompts: held-out prompts of the evaluation.
         sample_steps, guidance: of the evaluation's DDIM sampling.
         warmup: fraction of the steps over which the learning rate rises.
     """
 
     objectives: tuple[Objective, ...] = (
-        Objective("inpo", beta=2000, learning_rate=1e-4),
-        Objective("diffusion-dpo", beta=2000, learning_rate=1e-4),
+        Objective("inpo", beta=200, learning_rate=2e-4),
+        Objective("diffusion-dpo", beta=200, learning_rate=2e-4),
     )
-    steps: int = 40
-    pairs: int = 8
-    depths: int = 4
-    prompts: int = 192
+    steps: int = 24
+    pairs: int = 128
+    max_depth: int = 2
+    first_timestep: int = 501
+    prompts: int = 128
     sample_steps: int = 20
     guidance: float = 3.0
     warmup: float = 0.1
@@ -73,7 +78,7 @@ class AlignRow:
     """One objective.
 
     Attributes:
-        steps, pairs: optimiser steps, and pairs seen in all of them.
+        steps: optimiser steps.
         seconds: of the training alone.
         accuracy_before, accuracy_after: mean fraction of attributes right on held-out prompts,
             each with its standard error over prompts.
@@ -90,7 +95,6 @@ class AlignRow:
     gain: float
     gain_se: float
     prompts: int
-    pairs: int
     beta: float
     learning_rate: float
 
@@ -117,31 +121,27 @@ def train(
     pipeline: Pipeline,
     pairs: Pairs,
     objective: Objective,
-    settings: Settings,
+    steps: Sequence[Sequence[MicroBatch]],
     *,
+    warmup: float,
     seed: int,
     advance: Callable[[], object],
 ) -> tuple[nn.Module, Curve]:
     """Fine-tune a copy of the UNet; the pipeline's own is the frozen reference.
 
     Args:
+        steps: the micro-batches of every optimiser step.
+        warmup: see `Settings`.
+        seed: of Diffusion-DPO's noise.
         advance: called after every step.
     """
     policy = copy.deepcopy(pipeline.unet).requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=objective.learning_rate)
     table = pipeline.scheduler.alphas_cumprod.double().cpu().numpy()
-    steps = plan(
-        len(pairs.text),
-        steps=settings.steps,
-        pairs=settings.pairs,
-        depths=settings.depths,
-        num_train_timesteps=len(table),
-        seed=seed,
-    )
-    noise = torch.Generator().manual_seed(seed + 1)
+    noise = torch.Generator().manual_seed(seed)
     curve = Curve()
     for number, step in enumerate(steps):
-        rate = learning_rate(number, settings) * objective.learning_rate
+        rate = objective.learning_rate * learning_rate(number, len(steps), warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         losses, accuracies = [], []
@@ -190,49 +190,61 @@ def noisy_latents(
     return q_sample(clean, noise.to(clean.device).repeat(2, 1, 1, 1), timesteps, table)
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+def learning_rate(step: int, steps: int, warmup: float) -> float:
     """Fraction of the peak: a linear rise, then a linear fall to zero after the last step."""
-    rise = max(1, round(settings.warmup * settings.steps))
-    return min((step + 1) / rise, (settings.steps - step) / max(1, settings.steps - rise))
+    rise = max(1, round(warmup * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
 def run(pipeline: Pipeline, preferences: Path, settings: Settings, *, seed: int) -> AlignResult:
     """Measure the base, then train and measure every objective."""
     chosen = scenes.held_out_scenes(settings.prompts, seed)
     prompts = [scenes.prompt(scene) for scene in chosen]
-    wanted = settings.steps * settings.depths * settings.pairs
-    total = len(settings.objectives) * (settings.steps + 1) + 1
     noise = pipeline.noise(settings.prompts, seed)
 
     def draw(unet: nn.Module) -> Tensor:
         return pipeline.generate(
-            prompts,
-            noise,
-            unet=unet,
-            steps=settings.sample_steps,
-            guidance=settings.guidance,
+            prompts, noise, unet=unet, steps=settings.sample_steps, guidance=settings.guidance
         )
 
+    total = 1 + len(settings.objectives) * (settings.steps + 1)
     with tqdm(total=total, desc="3/3 align") as bar:
-        bar.set_postfix_str("images of the base")
+        bar.set_postfix_str("base")
         images = {"base": draw(pipeline.unet)}
         before = reader.score(images["base"], chosen)
-        pairs = load_pairs(preferences, pipeline, wanted, seed)
+        pairs, steps = _prepare(pipeline, preferences, settings, seed)
         bar.update()
         rows, curves = [], {}
         for objective in settings.objectives:
             bar.set_postfix_str(objective.name)
             began = time.perf_counter()
-            policy, curve = train(
-                pipeline, pairs, objective, settings, seed=seed, advance=bar.update
+            policy, curves[objective.name] = train(
+                pipeline,
+                pairs,
+                objective,
+                steps,
+                warmup=settings.warmup,
+                seed=seed,
+                advance=bar.update,
             )
             seconds = time.perf_counter() - began
-            curves[objective.name] = curve
             images[objective.name] = draw(policy)
             after = reader.score(images[objective.name], chosen)
             rows.append(_row(objective, settings, seconds, before, after))
             bar.update()
     return AlignResult(rows, curves, prompts, images)
+
+
+def _prepare(
+    pipeline: Pipeline, preferences: Path, settings: Settings, seed: int
+) -> tuple[Pairs, list[list[MicroBatch]]]:
+    """The encoded pairs, and the batches that all objectives train on."""
+    timesteps = len(pipeline.scheduler.alphas_cumprod)
+    buckets = depth_buckets(settings.first_timestep, timesteps, settings.max_depth)
+    wanted = settings.steps * len(buckets) * settings.pairs
+    pairs = load_pairs(preferences, pipeline, wanted, seed)
+    steps = plan(len(pairs.text), buckets, steps=settings.steps, pairs=settings.pairs, seed=seed)
+    return pairs, steps
 
 
 def _row(
@@ -252,7 +264,6 @@ def _row(
         gain=gain,
         gain_se=gain_error,
         prompts=settings.prompts,
-        pairs=settings.steps * settings.depths * settings.pairs,
         beta=objective.beta,
         learning_rate=objective.learning_rate,
     )

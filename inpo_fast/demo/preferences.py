@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,48 +31,54 @@ class MicroBatch(NamedTuple):
     depth: int
 
 
-def depth_buckets(num_train_timesteps: int, depths: int) -> list[list[int]]:
-    """The timesteps 1 … T−1 by the number of inversion steps that reach them, 1 … `depths`."""
-    buckets: list[list[int]] = [[] for _ in range(depths)]
-    for timestep in range(1, num_train_timesteps):
-        buckets[inversion_depth(timestep, num_train_timesteps, depths) - 1].append(timestep)
-    return buckets
+def depth_buckets(
+    first_timestep: int, num_train_timesteps: int, max_depth: int
+) -> list[tuple[int, list[int]]]:
+    """The timesteps from `first_timestep` to T−1 by the number of inversion steps that reach them.
+
+    Returns:
+        (depth, timesteps) by rising depth, none of them empty.
+    """
+    buckets: dict[int, list[int]] = {}
+    for timestep in range(first_timestep, num_train_timesteps):
+        depth = inversion_depth(timestep, num_train_timesteps, max_depth)
+        buckets.setdefault(depth, []).append(timestep)
+    return list(buckets.items())
 
 
 def plan(
     num_pairs: int,
+    buckets: Sequence[tuple[int, Sequence[int]]],
     *,
     steps: int,
     pairs: int,
-    depths: int,
-    num_train_timesteps: int,
     seed: int,
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of every optimiser step: one a depth, so that a step covers all timesteps.
+    """The micro-batches of every optimiser step: one a bucket, so that a step covers all timesteps.
 
     Every pair has a timestep of its own, uniform in the bucket. All pairs are seen once before any
     is seen again.
 
     Args:
         num_pairs: pairs to draw from.
-        steps, pairs, depths: optimiser steps, pairs of a micro-batch, micro-batches of a step.
+        buckets: see `depth_buckets`.
+        steps, pairs: optimiser steps, and pairs of a micro-batch.
     """
     generator = torch.Generator().manual_seed(seed)
-    buckets = depth_buckets(num_train_timesteps, depths)
-    needed = steps * depths * pairs
+    needed = steps * len(buckets) * pairs
     epochs = -(-needed // num_pairs)
     order = torch.cat([torch.randperm(num_pairs, generator=generator) for _ in range(epochs)])
     chunks = iter(order[:needed].split(pairs))
     return [
         [
-            MicroBatch(next(chunks), _draw(bucket, pairs, generator), depth)
-            for depth, bucket in enumerate(buckets, start=1)
+            MicroBatch(next(chunks), _draw(timesteps, pairs, generator), depth)
+            for depth, timesteps in buckets
         ]
         for _ in range(steps)
     ]
 
 
-def _draw(values: list[int], count: int, generator: torch.Generator) -> list[int]:
+def _draw(values: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
     picks = torch.randint(len(values), (count,), generator=generator)
     return [values[pick] for pick in picks.tolist()]
 

@@ -182,7 +182,6 @@ def _align_section(results: Results) -> str:
         [
             OBJECTIVES.get(row.objective, row.objective),
             str(row.steps),
-            str(row.pairs),
             f"{row.beta:g}",
             f"{row.learning_rate:g}",
             f"{row.seconds:.0f}",
@@ -192,19 +191,22 @@ def _align_section(results: Results) -> str:
         ]
         for row in results.align.rows
     ]
-    header = ("objective", "steps", "pairs", "β", "rate", "seconds", "before", "after", "gain")
+    header = ("objective", "steps", "β", "rate", "seconds", "before", "after", "gain")
     return "\n\n".join(
         [
             "## Align: learn from preferences",
             "The whole UNet was trained in float32 with AdamW from the shipped preference pairs, "
             "which are images of the model itself; the same pairs in the same order at the same "
-            "timesteps for each objective. InPO takes its noisy latents by DDIM inversion under "
-            f"the current policy in 1 to {settings.depths} steps, Diffusion-DPO adds noise. β and "
-            "learning rate were chosen for each objective on other prompts and seeds than these. "
-            f"Right attributes are read from images of {settings.prompts} held-out prompts, "
-            f"{settings.sample_steps} DDIM steps at guidance {settings.guidance:g} from the same "
-            "noise before and after; ± is one standard error over prompts, of the gain over the "
-            "same prompts' differences.",
+            f"timesteps for each objective. Every step has a micro-batch of {settings.pairs} pairs "
+            "for each number of inversion steps, and every pair a timestep of its own, uniform "
+            f"from {settings.first_timestep} on, where noise is strong and attributes are decided. "
+            "InPO takes its noisy latents by DDIM inversion under the current policy, "
+            f"{settings.max_depth} steps for the last timestep and fewer for earlier ones; "
+            "Diffusion-DPO adds noise. β and learning rate were chosen for each objective on other "
+            "prompts and seeds than these. Right attributes are read from images of "
+            f"{settings.prompts} held-out prompts, {settings.sample_steps} DDIM steps at guidance "
+            f"{settings.guidance:g} from the same noise before and after; ± is one standard error "
+            "over prompts, that of the gain over the same prompts' differences.",
             _table(header, cells),
             "![curves](curves.png)",
             "![before and after](aligned.png)",

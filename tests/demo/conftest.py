@@ -35,7 +35,7 @@ def shipped(tmp_path_factory):
         **blocks,
     )
     text_encoder: CLIPTextModel = train.build_text_encoder()
-    train.save_pipeline(vae, train.TextToImage(unet, text_encoder), folder / "model")
+    train.assemble(vae, train.TextToImage(unet, text_encoder)).save_pretrained(folder / "model")
     write_pairs(folder / "preferences.parquet", count=12)
     return folder
 
@@ -72,5 +72,5 @@ def settings():
         round_trips=(roundtrip.Setting(steps=3),),
         edits=3,
         edit_steps=4,
-        align=align.Settings(steps=2, pairs=2, depths=2, prompts=3, sample_steps=2),
+        align=align.Settings(steps=2, pairs=2, prompts=3, sample_steps=2),
     )
