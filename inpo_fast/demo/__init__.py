@@ -33,9 +33,9 @@ class Settings:
         seed: of everything.
     """
 
-    scenes: int = 4
+    scenes: int = 2
     round_trips: tuple[roundtrip.Setting, ...] = (roundtrip.Setting(),)
-    edits: int = 48
+    edits: int = 32
     edit_steps: int = 25
     edit_guidance: float = 3.0
     align: align.Settings = field(default_factory=align.Settings)

@@ -63,7 +63,7 @@ class Settings:
         Objective("inpo", beta=200, learning_rate=2e-4),
         Objective("diffusion-dpo", beta=200, learning_rate=2e-4),
     )
-    steps: int = 24
+    steps: int = 20
     pairs: int = 128
     max_depth: int = 2
     first_timestep: int = 501
