@@ -3,7 +3,8 @@
 
 INPO_FAST_NATIVE=0 leaves it out, INPO_FAST_NATIVE=1 makes a failure fatal. Otherwise, without
 torch in the build environment, or without a compiler that works, the library is installed in pure
-Python and says so in one line.
+Python and says so in one line. With a CUDA build of torch and its nvcc the GPU kernels are built
+too, for TORCH_CUDA_ARCH_LIST ("8.0;9.0"), or else for the GPUs of this machine.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ["bindings.cpp", "common.cpp", "preference.cpp", "reversible.cpp"]
+CUDA_SOURCES = ["preference.cu", "reversible.cu"]
 
 # Kernels use the part of torch's C++ API that is stable from this version on: 2.11.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 # Contraction to fused multiply-add would change the bits of float64 states.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
 
 MODE = os.environ.get("INPO_FAST_NATIVE", "")
 
@@ -44,6 +47,23 @@ def notice(reason: str) -> None:
     print(f"inpo_fast: installing without the native extension: {reason}", file=sys.stderr)
 
 
+def cuda_architectures() -> list[str]:
+    """Return what to build GPU kernels for, such as ["8.0", "9.0"]; nothing where that is moot."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return []
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        print("inpo_fast: no nvcc: the extension has CPU kernels only", file=sys.stderr)
+        return []
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if listed:
+        return [name.removesuffix("+PTX") for name in listed]
+    found = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return sorted({f"{major}.{minor}" for major, minor in found}) or ["8.0", "9.0"]
+
+
 def native() -> dict[str, Any]:
     """Return the arguments of setup() that build the extension, or none."""
     if MODE not in ("", "0", "1"):
@@ -52,7 +72,7 @@ def native() -> dict[str, Any]:
         return {}
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         notice(f"{error} (torch must be in the build environment: pip --no-build-isolation)")
         return {}
@@ -65,19 +85,29 @@ def native() -> dict[str, Any]:
                 notice(str(error))
                 self.extensions = []
 
+    numbers = [name.replace(".", "") for name in cuda_architectures()]
+    macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *["-DUSE_CUDA"] * bool(numbers)]
+    # Machine code for each, and for later GPUs what the driver can compile of the last.
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    targets += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in numbers[-1:]]
+    built_for = [*(f"sm_{n}" for n in numbers), *(f"compute_{n}" for n in numbers[-1:])]
     flags = " ".join(FLAGS)
-    extension = CppExtension(
+    extension = (CUDAExtension if numbers else CppExtension)(
         "inpo_fast._C",
-        [f"csrc/{source}" for source in SOURCES],
+        [f"csrc/{source}" for source in [*SOURCES, *CUDA_SOURCES * bool(numbers)]],
         include_dirs=[str(ROOT / "csrc")],
         depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*"))],
-        extra_compile_args=[
-            *FLAGS,
-            "-g0",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-            f'-DINPO_FAST_BUILD_FLAGS="{flags}"',
-            f'-DINPO_FAST_TORCH_VERSION="{torch.__version__}"',
-        ],
+        extra_compile_args={
+            "cxx": [
+                *FLAGS,
+                "-g0",
+                *macros,
+                f'-DINPO_FAST_BUILD_FLAGS="{flags}"',
+                f'-DINPO_FAST_TORCH_VERSION="{torch.__version__}"',
+                f'-DINPO_FAST_CUDA_ARCHITECTURES="{" ".join(built_for)}"',
+            ],
+            "nvcc": [*CUDA_FLAGS, *macros, *targets],
+        },
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 

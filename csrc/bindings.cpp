@@ -2,12 +2,16 @@
 // The Python module inpo_fast._C: importing it loads the kernels; it tells how they were built.
 #include <pybind11/pybind11.h>
 
+#include <sstream>
 #include <string>
 
 #include "targets.h"
 
 #ifndef INPO_FAST_BUILD_FLAGS
 #define INPO_FAST_BUILD_FLAGS ""
+#endif
+#ifndef INPO_FAST_CUDA_ARCHITECTURES
+#define INPO_FAST_CUDA_ARCHITECTURES ""
 #endif
 #ifndef INPO_FAST_TORCH_VERSION
 #define INPO_FAST_TORCH_VERSION ""
@@ -40,11 +44,16 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = compiler();
   info["flags"] = INPO_FAST_BUILD_FLAGS;
-  info["cuda_architectures"] = py::list();
+  py::list architectures, devices;
+  std::istringstream words(INPO_FAST_CUDA_ARCHITECTURES);
+  for (std::string word; words >> word;) architectures.append(word);
+  info["cuda_architectures"] = architectures;
   info["torch_version"] = INPO_FAST_TORCH_VERSION;
   info["torch_target_version"] = target_version();
-  py::list devices;
   devices.append("cpu");
+#ifdef USE_CUDA
+  devices.append("cuda");
+#endif
   info["devices"] = devices;
   info["simd"] = simd();
   return info;

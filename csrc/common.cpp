@@ -64,7 +64,7 @@ bool Layout::matches(const Tensor& t) const {
 
 Tensor Layout::input(const Tensor& t) const {
   if (matches(t)) return t;
-  Tensor copy = empty_strided(sizes_, strides_, dim_, t.scalar_type());
+  Tensor copy = empty_strided(x_, sizes_, strides_, dim_, t.scalar_type());
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -74,17 +74,17 @@ OptionalTensor Layout::input(const OptionalTensor& t) const {
 }
 
 Tensor Layout::output(ScalarType dtype, int64_t copies) const {
-  if (copies == 1) return empty_strided(sizes_, strides_, dim_, dtype);
+  if (copies == 1) return empty_strided(x_, sizes_, strides_, dim_, dtype);
   std::vector<int64_t> sizes(sizes_, sizes_ + dim_);
   sizes[0] *= copies;
-  return empty_strided(sizes.data(), strides_, dim_, dtype);
+  return empty_strided(x_, sizes.data(), strides_, dim_, dtype);
 }
 
 Tensor Layout::target(const Tensor& x) const { return matches(x) ? x : output(x.scalar_type()); }
 
 Tensor Layout::finish(const Tensor& result) const {
   if (strides_ == result_strides_) return result;
-  Tensor copy = empty_strided(sizes_, result_strides_, dim_, result.scalar_type());
+  Tensor copy = empty_strided(x_, sizes_, result_strides_, dim_, result.scalar_type());
   torch::stable::copy_(copy, result);
   return copy;
 }

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every operator shares: dtypes, raw views of tensors, and the choice of one dense layout.
+// What every operator shares: checks, raw views of tensors, the choice of one dense layout, and of
+// the device that runs the kernel.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,43 +15,19 @@
 #include <optional>
 #include <vector>
 
+#ifdef USE_CUDA
+#include <cuda_runtime.h>
+#endif
+
+#include "kernels.h"
+
 namespace inpo_fast {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Bits of a status word.
-constexpr int32_t kStatusRange = 1;
-constexpr int32_t kStatusNonfinite = 2;
-
 // Elements that one thread takes at least. Below it a second thread costs more than it gains.
 constexpr int64_t kGrain = 32768;
-
-// The elements of a tensor in memory order, or nothing (null) for an absent argument.
-struct Source {
-  const void* data = nullptr;
-  ScalarType dtype = ScalarType::Float;
-};
-
-struct Sink {
-  void* data = nullptr;
-  ScalarType dtype = ScalarType::Float;
-};
-
-// Constants, [width] for all samples or [B, width], float or double.
-struct Rows {
-  Source values;
-  int64_t width = 1;
-  bool by_sample = false;
-
-  double at(int64_t sample, int64_t column) const {
-    const int64_t index = (by_sample ? sample * width : 0) + column;
-    return values.dtype == ScalarType::Double
-               ? static_cast<const double*>(values.data)[index]
-               : static_cast<double>(static_cast<const float*>(values.data)[index]);
-  }
-};
 
 inline Source source(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type()}; }
 inline Source source(const OptionalTensor& t) { return t ? source(*t) : Source{}; }
@@ -57,10 +35,14 @@ inline Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), t.scalar_type(
 
 // The Python functions explain wrong arguments; these checks only keep a direct call from reading
 // or writing outside a tensor.
-inline void check_cpu(const Tensor& t) { STD_TORCH_CHECK(t.is_cpu(), "expected a CPU tensor"); }
+inline void check_device(const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() &&
+                      t.get_device_index() == x.get_device_index(),
+                  "expected tensors on one device");
+}
 
 inline void check_like(const Tensor& t, const Tensor& x) {
-  check_cpu(t);
+  check_device(t, x);
   const auto a = t.sizes(), b = x.sizes();
   STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()),
                   "expected tensors of one shape");
@@ -86,7 +68,7 @@ class Constants {
  public:
   Constants(const Tensor& t, const Tensor& x, int64_t width)
       : tensor_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {
-    check_cpu(t);
+    check_device(t, x);
     const int64_t dim = t.dim();
     by_sample_ = dim == (width == 1 ? 1 : 2) && t.numel() != width;
     const int64_t rows = by_sample_ ? t.size(0) : 1;
@@ -107,8 +89,8 @@ class Constants {
 };
 
 // Pointer to the status word, int32 [1].
-inline int32_t* status_word(const Tensor& status) {
-  check_cpu(status);
+inline int32_t* status_word(const Tensor& status, const Tensor& x) {
+  check_device(status, x);
   check_dtype(status, ScalarType::Int);
   STD_TORCH_CHECK(status.numel() == 1, "status must have one element");
   return static_cast<int32_t*>(status.mutable_data_ptr());
@@ -129,13 +111,44 @@ void parallel(int32_t (*kernel)(const Arguments&, int64_t, int64_t), const Argum
   });
 }
 
-inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim,
-                            ScalarType dtype) {
+// On a GPU launch(stream) with the device of x set, its current stream, and a check of the error
+// code that it returns; on the CPU run().
+template <class Launch, class Run>
+void on_device(const Tensor& x, const Launch& launch, const Run& run) {
+#ifdef USE_CUDA
+  if (x.is_cuda()) {
+    const int32_t index = x.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    STD_CUDA_CHECK(static_cast<cudaError_t>(launch(stream)));
+    return;
+  }
+#endif
+  STD_TORCH_CHECK(x.is_cpu(), "this build of inpo_fast._C has no kernels for this device");
+  run();
+}
+
+// Registers the same functions for every device with kernels.
+#ifdef USE_CUDA
+#define INPO_REGISTER(function)                                 \
+  STABLE_TORCH_LIBRARY_IMPL(inpo_fast, CPU, m) { function(m); } \
+  STABLE_TORCH_LIBRARY_IMPL(inpo_fast, CUDA, m) { function(m); }
+#else
+#define INPO_REGISTER(function) \
+  STABLE_TORCH_LIBRARY_IMPL(inpo_fast, CPU, m) { function(m); }
+#endif
+
+// On the device of x.
+inline Tensor empty_strided(const Tensor& x, const int64_t* sizes, const int64_t* strides,
+                            int64_t dim, ScalarType dtype) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+      dim, sizes, strides, to<int32_t>(from(dtype)),
+      x.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
+      x.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The preference errors and their backward on the CPU. The equations are in
-// inpo_fast/ops/reference.py, under the same names.
-#include <limits>
-
+// The preference errors and their backward. The equations are in inpo_fast/ops/reference.py, under
+// the same names.
 #include "common.h"
 #include "targets.h"
 
@@ -12,19 +10,6 @@ namespace {
 // Elements that are summed in one go. Fixed, so that the order of a sum depends neither on the
 // number of threads nor on which of them comes first.
 constexpr int64_t kBlock = 16384;
-
-struct ErrorArguments {
-  Source theta, ref, target;
-  int64_t numel, per_sample, blocks;  // Blocks per sample.
-  double* sums;                       // [B * blocks, 3]
-};
-
-struct BackwardArguments {
-  Source theta, ref, target;
-  Rows a, b;
-  int64_t per_sample;
-  Sink out;
-};
 
 }  // namespace
 }  // namespace inpo_fast
@@ -36,7 +21,6 @@ namespace inpo_fast {
 namespace {
 
 void check_operands(const Tensor& theta, const OptionalTensor& ref, const Tensor& target) {
-  check_cpu(theta);
   check_float(theta, true);
   STD_TORCH_CHECK(theta.dim() > 0, "theta must have a batch dimension");
   if (ref) {
@@ -53,6 +37,27 @@ ScalarType error_dtype(const Tensor& theta) {
   return theta.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The sums of all blocks, then means of samples in the order of their blocks.
+void errors_on_cpu(const ErrorArguments& arguments, int64_t batch, const Sink (&results)[3]) {
+  parallel(INPO_CHOOSE(errors), arguments, batch * arguments.blocks, nullptr, kGrain / kBlock);
+  for (int64_t k = 0; k < 3; ++k) {
+    const bool absent = k > 0 && !arguments.has_ref;
+    for (int64_t sample = 0; sample < batch; ++sample) {
+      double total = 0.0;
+      for (int64_t block = 0; block < arguments.blocks; ++block) {
+        total += arguments.sums[3 * (sample * arguments.blocks + block) + k];
+      }
+      // 0 / 0, for a sample without elements, is NaN.
+      const double mean = absent ? 0.0 : total / static_cast<double>(arguments.per_sample);
+      if (results[k].dtype == ScalarType::Double) {
+        static_cast<double*>(results[k].data)[sample] = mean;
+      } else {
+        static_cast<float*>(results[k].data)[sample] = static_cast<float>(mean);
+      }
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> preference_errors(Tensor theta, OptionalTensor ref,
                                                      Tensor target) {
   check_operands(theta, ref, target);
@@ -60,37 +65,29 @@ std::tuple<Tensor, Tensor, Tensor> preference_errors(Tensor theta, OptionalTenso
   const Tensor theta_flat = layout.input(theta), target_flat = layout.input(target);
   const OptionalTensor ref_flat = layout.input(ref);
 
-  const int64_t batch = theta.size(0), per_sample = layout.per_sample();
-  const int64_t blocks = (per_sample + kBlock - 1) / kBlock;
-  std::vector<double> sums(3 * batch * blocks);  // [B * blocks, 3]
-  const ErrorArguments arguments{source(theta_flat), source(ref_flat), source(target_flat),
-                                 layout.numel(),     per_sample,       blocks,
-                                 sums.data()};
-  parallel(INPO_CHOOSE(errors), arguments, batch * blocks, nullptr, kGrain / kBlock);
-
+  const int64_t batch = theta.size(0), per_sample = layout.per_sample(), stride = 1;
+  const auto vector = [&](int64_t size, ScalarType dtype) {
+    return empty_strided(theta, &size, &stride, 1, dtype);
+  };
   const ScalarType dtype = error_dtype(theta);
-  const int64_t stride = 1;
-  Tensor results[3];
-  for (int64_t k = 0; k < 3; ++k) {
-    results[k] = empty_strided(&batch, &stride, 1, dtype);  // [B]
-    const bool absent = k > 0 && !ref;
-    for (int64_t sample = 0; sample < batch; ++sample) {
-      double total = 0.0;
-      for (int64_t block = 0; block < blocks; ++block) {
-        total += sums[3 * (sample * blocks + block) + k];
-      }
-      const double nan = std::numeric_limits<double>::quiet_NaN();
-      const double mean = absent            ? 0.0
-                          : per_sample == 0 ? nan
-                                            : total / static_cast<double>(per_sample);
-      if (dtype == ScalarType::Double) {
-        static_cast<double*>(results[k].mutable_data_ptr())[sample] = mean;
-      } else {
-        static_cast<float*>(results[k].mutable_data_ptr())[sample] = static_cast<float>(mean);
-      }
-    }
-  }
-  return {results[0], results[1], results[2]};
+  const Tensor e_theta = vector(batch, dtype), e_ref = vector(batch, dtype),
+               d = vector(batch, dtype);  // [B] each
+  const Sink results[3] = {sink(e_theta), sink(e_ref), sink(d)};
+  const int64_t blocks =
+      theta.is_cuda() ? error_blocks(batch, per_sample) : (per_sample + kBlock - 1) / kBlock;
+  const Tensor sums = vector(3 * batch * blocks, ScalarType::Double);  // [B * blocks * 3]
+  const ErrorArguments arguments{source(theta_flat),
+                                 source(ref_flat),
+                                 source(target_flat),
+                                 ref.has_value(),
+                                 layout.numel(),
+                                 per_sample,
+                                 blocks,
+                                 static_cast<double*>(sums.mutable_data_ptr())};
+  on_device(
+      theta, [&](void* stream) { return cuda::errors(arguments, batch, results, stream); },
+      [&] { errors_on_cpu(arguments, batch, results); });
+  return {e_theta, e_ref, d};
 }
 
 Tensor preference_backward(Tensor theta, OptionalTensor ref, Tensor target, Tensor a, Tensor b) {
@@ -105,15 +102,19 @@ Tensor preference_backward(Tensor theta, OptionalTensor ref, Tensor target, Tens
   const BackwardArguments arguments{source(theta_flat), source(ref_flat), source(target_flat),
                                     a_rows.rows(1),     b_rows.rows(1),   layout.per_sample(),
                                     sink(out)};
-  parallel(INPO_CHOOSE(backward), arguments, layout.numel(), nullptr);
+  on_device(
+      theta, [&](void* stream) { return cuda::backward(arguments, layout.numel(), stream); },
+      [&] { parallel(INPO_CHOOSE(backward), arguments, layout.numel(), nullptr); });
   return layout.finish(out);
+}
+
+void register_preference(torch::stable::detail::StableLibrary& m) {
+  m.impl("preference_errors", TORCH_BOX(&preference_errors));
+  m.impl("preference_backward", TORCH_BOX(&preference_backward));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(inpo_fast, CPU, m) {
-  m.impl("preference_errors", TORCH_BOX(&preference_errors));
-  m.impl("preference_backward", TORCH_BOX(&preference_backward));
-}
+INPO_REGISTER(register_preference)
 
 }  // namespace inpo_fast

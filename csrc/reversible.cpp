@@ -1,81 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The reversible affine update on the CPU, for float states and for lattice states. The equations
-// are in inpo_fast/ops/reference.py, under the same names.
+// The reversible affine update, for float states and for lattice states. The equations are in
+// inpo_fast/ops/reference.py, under the same names.
 #include "common.h"
 #include "targets.h"
-
-namespace inpo_fast {
-namespace {
-
-constexpr double kIncrementBound = 0x1p50;
-constexpr double kScaledBound = 0x1p34;
-
-// One row (a, b, c1, c2).
-struct Coefficients {
-  double a, b, c1, c2;
-
-  Coefficients(const Rows& rows, int64_t row)
-      : a(rows.at(row, 0)), b(rows.at(row, 1)), c1(rows.at(row, 2)), c2(rows.at(row, 3)) {}
-};
-
-// 2^-K and 2^K.
-struct LatticeUnit {
-  float resolution;
-  double inverse;
-
-  explicit LatticeUnit(int64_t frac_bits) {
-    STD_TORCH_CHECK(frac_bits >= 1 && frac_bits <= 30, "frac_bits must be in 1..30");
-    inverse = static_cast<double>(int64_t{1} << frac_bits);
-    resolution = static_cast<float>(1.0 / inverse);
-  }
-};
-
-// A term of a scale n/d, 1 to 2^16.
-struct Divisor {
-  double value, inverse;
-
-  explicit Divisor(int64_t v) : value(static_cast<double>(v)), inverse(1.0 / value) {}
-};
-
-struct AffineArguments {
-  Source x, y, m1, m2;
-  Rows coef;
-  int64_t per_row;
-  Sink out;
-};
-
-struct LatticeArguments {
-  const int32_t *z, *y;
-  const int64_t* buffer;
-  Source m1, m2;
-  Rows coef;
-  const int64_t* ratio;
-  bool ratio_by_sample;
-  int64_t per_row;
-  LatticeUnit unit;
-  int32_t* out;
-  int64_t* buffer_out;
-};
-
-struct EncodeArguments {
-  Source x;
-  Rows scale;
-  int64_t per_row;
-  LatticeUnit unit;
-  int32_t* out;
-};
-
-struct DecodeArguments {
-  const int32_t* z;
-  Rows scale;
-  int64_t per_row;
-  LatticeUnit unit;
-  int64_t copies, numel;
-  Sink out;
-};
-
-}  // namespace
-}  // namespace inpo_fast
 
 #define INPO_KERNELS "reversible.inl"
 #include "foreach_target.h"
@@ -86,6 +13,11 @@ namespace {
 // Elements that share a row of constants.
 int64_t per_row(const Layout& layout, bool by_sample) {
   return by_sample ? layout.per_sample() : layout.numel();
+}
+
+LatticeUnit lattice_unit(int64_t frac_bits) {
+  STD_TORCH_CHECK(frac_bits >= 1 && frac_bits <= 30, "frac_bits must be in 1..30");
+  return LatticeUnit(frac_bits);
 }
 
 void check_outputs(const OptionalTensor& m1, const OptionalTensor& m2, const Tensor& x,
@@ -106,13 +38,12 @@ Tensor run_affine(const Tensor& x, const Tensor& y, const OptionalTensor& m1,
                   const OptionalTensor& m2, const Tensor& coef, const OptionalTensor& status) {
   const ScalarType dtype = x.scalar_type();
   const bool wide = dtype == ScalarType::Double;
-  check_cpu(x);
   check_float(x, true);
   check_like(y, x);
   check_dtype(y, dtype);
   check_outputs(m1, m2, x, wide);
   check_dtype(coef, wide ? ScalarType::Double : ScalarType::Float);
-  int32_t* word = status ? status_word(*status) : nullptr;
+  int32_t* word = status ? status_word(*status, x) : nullptr;
 
   const Constants rows(coef, x, 4);
   const Layout layout(x, rows.by_sample());
@@ -123,7 +54,10 @@ Tensor run_affine(const Tensor& x, const Tensor& y, const OptionalTensor& m1,
                                   source(m1_flat), source(m2_flat),
                                   rows.rows(4),    per_row(layout, rows.by_sample()),
                                   sink(out)};
-  parallel(INPO_CHOOSE(affine<kInverse>), arguments, layout.numel(), word);
+  on_device(
+      x,
+      [&](void* stream) { return cuda::affine(arguments, kInverse, layout.numel(), word, stream); },
+      [&] { parallel(INPO_CHOOSE(affine<kInverse>), arguments, layout.numel(), word); });
   if constexpr (kInPlace) {
     Layout::finish_into(x, out);
     return x;
@@ -156,13 +90,12 @@ std::tuple<Tensor, Tensor> run_lattice(const Tensor& z, const Tensor* buffer, co
                                        const OptionalTensor& m1, const OptionalTensor& m2,
                                        const Tensor& coef, const Tensor* ratio, int64_t frac_bits,
                                        const Tensor& status) {
-  check_cpu(z);
   check_dtype(z, ScalarType::Int);
   check_like(y, z);
   check_dtype(y, ScalarType::Int);
   check_outputs(m1, m2, z, false);
   check_dtype(coef, ScalarType::Float);
-  int32_t* word = status_word(status);
+  int32_t* word = status_word(status, z);
 
   const Constants rows(coef, z, 4);
   std::optional<Constants> ratios;
@@ -186,21 +119,28 @@ std::tuple<Tensor, Tensor> run_lattice(const Tensor& z, const Tensor* buffer, co
                              nullptr,
                              false,
                              per_row(layout, by_sample),
-                             LatticeUnit(frac_bits),
+                             lattice_unit(frac_bits),
                              static_cast<int32_t*>(out.mutable_data_ptr()),
                              nullptr};
   OptionalTensor buffer_flat, buffer_out;
-  if (buffer == nullptr) {
-    parallel(INPO_CHOOSE(lattice<kInverse>), arguments, layout.numel(), word);
-  } else {
+  if (buffer != nullptr) {
     buffer_flat = layout.input(*buffer);
     buffer_out = kInPlace ? layout.target(*buffer) : layout.output(ScalarType::Long);
     arguments.buffer = static_cast<const int64_t*>(buffer_flat->const_data_ptr());
     arguments.buffer_out = static_cast<int64_t*>(buffer_out->mutable_data_ptr());
     arguments.ratio = ratios->int64_data();
     arguments.ratio_by_sample = ratios->by_sample();
-    parallel(INPO_CHOOSE(lattice_scaled<kInverse>), arguments, layout.numel(), word);
   }
+  on_device(
+      z,
+      [&](void* stream) {
+        return cuda::lattice(arguments, kInverse, layout.numel(), word, stream);
+      },
+      [&] {
+        const auto kernel = buffer == nullptr ? INPO_CHOOSE(lattice<kInverse>)
+                                              : INPO_CHOOSE(lattice_scaled<kInverse>);
+        parallel(kernel, arguments, layout.numel(), word);
+      });
   if constexpr (kInPlace) {
     Layout::finish_into(z, out);
     if (buffer != nullptr) Layout::finish_into(*buffer, *buffer_out);
@@ -249,7 +189,6 @@ void check_scale(const Tensor& scale) {
 }
 
 Tensor lattice_encode(Tensor x, Tensor scale, int64_t frac_bits, Tensor status) {
-  check_cpu(x);
   check_float(x, true);
   check_scale(scale);
   const Constants scales(scale, x, 1);
@@ -257,14 +196,16 @@ Tensor lattice_encode(Tensor x, Tensor scale, int64_t frac_bits, Tensor status) 
   const Tensor x_flat = layout.input(x);
   const Tensor out = layout.output(ScalarType::Int);
   const EncodeArguments arguments{source(x_flat), scales.rows(1),
-                                  per_row(layout, scales.by_sample()), LatticeUnit(frac_bits),
+                                  per_row(layout, scales.by_sample()), lattice_unit(frac_bits),
                                   static_cast<int32_t*>(out.mutable_data_ptr())};
-  parallel(INPO_CHOOSE(encode), arguments, layout.numel(), status_word(status));
+  int32_t* word = status_word(status, x);
+  on_device(
+      x, [&](void* stream) { return cuda::encode(arguments, layout.numel(), word, stream); },
+      [&] { parallel(INPO_CHOOSE(encode), arguments, layout.numel(), word); });
   return layout.finish(out);
 }
 
 Tensor lattice_decode(Tensor z, Tensor scale, int64_t frac_bits, int64_t copies, ScalarType dtype) {
-  check_cpu(z);
   check_dtype(z, ScalarType::Int);
   check_scale(scale);
   STD_TORCH_CHECK(copies == 1 || (copies == 2 && z.dim() > 0), "copies must be 1 or 2");
@@ -276,17 +217,17 @@ Tensor lattice_decode(Tensor z, Tensor scale, int64_t frac_bits, int64_t copies,
   const DecodeArguments arguments{int32_data(z_flat),
                                   scales.rows(1),
                                   per_row(layout, scales.by_sample()),
-                                  LatticeUnit(frac_bits),
+                                  lattice_unit(frac_bits),
                                   copies,
                                   layout.numel(),
                                   sink(out)};
-  parallel(INPO_CHOOSE(decode), arguments, layout.numel(), nullptr);
+  on_device(
+      z, [&](void* stream) { return cuda::decode(arguments, stream); },
+      [&] { parallel(INPO_CHOOSE(decode), arguments, layout.numel(), nullptr); });
   return copies == 1 ? layout.finish(out) : out;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(inpo_fast, CPU, m) {
+void register_reversible(torch::stable::detail::StableLibrary& m) {
   m.impl("affine_update", TORCH_BOX(&affine<false>));
   m.impl("affine_inverse", TORCH_BOX(&affine<true>));
   m.impl("affine_update_", TORCH_BOX(&affine_<false>));
@@ -302,5 +243,9 @@ STABLE_TORCH_LIBRARY_IMPL(inpo_fast, CPU, m) {
   m.impl("lattice_encode", TORCH_BOX(&lattice_encode));
   m.impl("lattice_decode", TORCH_BOX(&lattice_decode));
 }
+
+}  // namespace
+
+INPO_REGISTER(register_reversible)
 
 }  // namespace inpo_fast

@@ -2,18 +2,12 @@
 // Tiles: a few hundred elements that fit the first-level cache, converted to the type that the
 // kernels compute in. So no kernel is written, or compiled, for a 16-bit type.
 
+#include "arithmetic.inl"
+
 namespace inpo_fast {
 namespace INPO_TARGET {
 
 constexpr int64_t kTile = 256;
-
-template <class To, class From>
-inline To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(To));
-  return to;
-}
 
 inline float bfloat16_to_float(uint16_t h) { return bits_as<float>(uint32_t{h} << 16); }
 

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+// The preference errors and their backward on a GPU.
+#include "vector.cuh"
+
+namespace inpo_fast {
+namespace cuda {
+namespace {
+
+constexpr int kErrorThreads = 1024;
+
+template <class T>
+using Residual = decltype(to_float(T{}));
+
+// e_theta, e_ref and d, or their sums over elements.
+struct Sums {
+  double value[3] = {0.0, 0.0, 0.0};
+
+  template <class R>
+  __device__ __forceinline__ void add(int k, R residual) {
+    const double wide = static_cast<double>(residual);
+    value[k] = fma(wide, wide, value[k]);
+  }
+
+  // The sum over a warp, in lane 0, always in the same order.
+  __device__ __forceinline__ void reduce_warp() {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        value[k] += __shfl_down_sync(0xffffffffu, value[k], offset);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ void write_means(const Sums& total, const ErrorArguments& arguments,
+                                            const Sink (&results)[3], int64_t sample) {
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const bool absent = k > 0 && !arguments.has_ref;
+    // 0 / 0, for a sample without elements, is NaN.
+    const double mean = absent ? 0.0 : total.value[k] / static_cast<double>(arguments.per_sample);
+    if (results[k].dtype == ScalarType::Double) {
+      static_cast<double*>(results[k].data)[sample] = mean;
+    } else {
+      static_cast<float*>(results[k].data)[sample] = static_cast<float>(mean);
+    }
+  }
+}
+
+struct Results {
+  Sink sinks[3];
+};
+
+// Block (i, s) sums every blocks-th piece of sample s. One block per sample writes the means;
+// several write their sums.
+template <class T, class M, bool kRef, int N>
+__global__ void __launch_bounds__(kErrorThreads)
+    sum_errors(const ErrorArguments arguments, const Results results, int64_t batch) {
+  using R = Residual<T>;
+  __shared__ double shared[3][kErrorThreads / 32];
+  const auto* theta = static_cast<const T*>(arguments.theta.data);
+  const auto* ref = static_cast<const T*>(arguments.ref.data);
+  const auto* target = static_cast<const M*>(arguments.target.data);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kErrorThreads * N;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  for (int64_t sample = blockIdx.y; sample < batch; sample += gridDim.y) {
+    const int64_t begin = sample * arguments.per_sample;
+    Sums sums;
+    int64_t i = (static_cast<int64_t>(blockIdx.x) * kErrorThreads + threadIdx.x) * N;
+    while (i + N <= arguments.per_sample) {
+      Vector<T, N> a[kUnroll], b[kUnroll];
+      Vector<M, N> c[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (i + u * step + N > arguments.per_sample) continue;
+        a[u] = load<N>(theta, begin + i + u * step);
+        if constexpr (kRef) b[u] = load<N>(ref, begin + i + u * step);
+        c[u] = load<N>(target, begin + i + u * step);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (i + u * step + N > arguments.per_sample) continue;
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          const R wide_theta = to_float(a[u].lane[k]), wide_target = to_float(c[u].lane[k]);
+          sums.add(0, wide_theta - wide_target);
+          if constexpr (kRef) {
+            const R wide_ref = to_float(b[u].lane[k]);
+            sums.add(1, wide_ref - wide_target);
+            sums.add(2, wide_theta - wide_ref);
+          }
+        }
+      }
+      i += kUnroll * step;
+    }
+    sums.reduce_warp();
+    if (lane == 0) {
+#pragma unroll
+      for (int k = 0; k < 3; ++k) shared[k][warp] = sums.value[k];
+    }
+    __syncthreads();
+    if (warp == 0) {
+#pragma unroll
+      for (int k = 0; k < 3; ++k) sums.value[k] = shared[k][lane];
+      sums.reduce_warp();
+      if (lane == 0) {
+        if (gridDim.x == 1) {
+          write_means(sums, arguments, results.sinks, sample);
+        } else {
+          double* out = arguments.sums + 3 * (sample * gridDim.x + blockIdx.x);
+          for (int k = 0; k < 3; ++k) out[k] = sums.value[k];
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// One warp per sample adds the sums of its blocks.
+__global__ void __launch_bounds__(kThreads)
+    finish_errors(const ErrorArguments arguments, const Results results, int64_t batch) {
+  const int64_t sample = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  const int lane = threadIdx.x & 31;
+  if (sample >= batch) return;
+  Sums sums;
+  for (int64_t block = lane; block < arguments.blocks; block += 32) {
+    const double* in = arguments.sums + 3 * (sample * arguments.blocks + block);
+    for (int k = 0; k < 3; ++k) sums.value[k] += in[k];
+  }
+  sums.reduce_warp();
+  if (lane == 0) write_means(sums, arguments, results.sinks, sample);
+}
+
+template <class T, class M>
+struct Backward {
+  static constexpr int kLanes = kWidth<T>;
+  BackwardArguments arguments;
+
+  struct Row {
+    double a, b;
+  };
+
+  template <int N>
+  struct Operands {
+    Vector<T, N> theta, ref;
+    Vector<M, N> target;
+  };
+
+  __device__ Row row(int64_t r) const { return {arguments.a.at(r, 0), arguments.b.at(r, 0)}; }
+
+  template <int N>
+  __device__ __forceinline__ Operands<N> load(int64_t i) const {
+    Operands<N> o;
+    o.theta = cuda::load<N>(static_cast<const T*>(arguments.theta.data), i);
+    if (arguments.ref.data != nullptr) {
+      o.ref = cuda::load<N>(static_cast<const T*>(arguments.ref.data), i);
+    }
+    o.target = cuda::load<N>(static_cast<const M*>(arguments.target.data), i);
+    return o;
+  }
+
+  template <int N>
+  __device__ __forceinline__ int32_t store(const Row& row, const Operands<N>& o, int64_t i) const {
+    using R = Residual<T>;
+    Vector<T, N> out;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const R theta = to_float(o.theta.lane[k]);
+      const R from_target = theta - to_float(o.target.lane[k]);
+      double value = row.a * static_cast<double>(from_target);
+      if (arguments.ref.data != nullptr) {
+        const R from_ref = theta - to_float(o.ref.lane[k]);
+        value = value + row.b * static_cast<double>(from_ref);
+      }
+      out.lane[k] = narrow<T>(value);
+    }
+    cuda::store(static_cast<T*>(arguments.out.data), i, out);
+    return 0;
+  }
+};
+
+// Calls f(T{}, M{}) with the types of theta and target: the same, or float beside 16 bits.
+template <class F>
+int with_types(ScalarType theta, ScalarType target, const F& f) {
+  return with_type<true>(theta, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (sizeof(T) == 2) {
+      if (target == ScalarType::Float) return f(T{}, float{});
+    }
+    return f(T{}, T{});
+  });
+}
+
+}  // namespace
+
+int errors(const ErrorArguments& arguments, int64_t batch, const Sink (&results)[3], void* stream) {
+  if (batch == 0) return cudaSuccess;
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const Results sinks{{results[0], results[1], results[2]}};
+  const dim3 grid(static_cast<unsigned>(arguments.blocks),
+                  static_cast<unsigned>(batch < 65535 ? batch : 65535));
+  const int error =
+      with_types(arguments.theta.dtype, arguments.target.dtype, [&](auto theta, auto target) {
+        using T = decltype(theta);
+        using M = decltype(target);
+        // Eight 16-bit elements at once would need more registers than so many threads have.
+        constexpr int N = kWidth<T> < 4 ? kWidth<T> : 4;
+        const bool vectors = arguments.per_sample % N == 0 && aligned(arguments.theta.data) &&
+                             aligned(arguments.ref.data) && aligned(arguments.target.data);
+        const auto kernel = [&] {
+          if (arguments.has_ref) {
+            return vectors ? &sum_errors<T, M, true, N> : &sum_errors<T, M, true, 1>;
+          }
+          return vectors ? &sum_errors<T, M, false, N> : &sum_errors<T, M, false, 1>;
+        }();
+        kernel<<<grid, kErrorThreads, 0, queue>>>(arguments, sinks, batch);
+        return static_cast<int>(cudaGetLastError());
+      });
+  if (error != cudaSuccess || arguments.blocks == 1) return error;
+  constexpr int64_t kSamples = kThreads / 32;
+  const auto blocks = static_cast<unsigned>((batch + kSamples - 1) / kSamples);
+  finish_errors<<<blocks, kThreads, 0, queue>>>(arguments, sinks, batch);
+  return cudaGetLastError();
+}
+
+int backward(const BackwardArguments& arguments, int64_t numel, void* stream) {
+  const bool vectors = aligned(arguments.theta.data) && aligned(arguments.ref.data) &&
+                       aligned(arguments.target.data) && aligned(arguments.out.data);
+  return with_types(arguments.theta.dtype, arguments.target.dtype, [&](auto theta, auto target) {
+    return launch_elementwise(Backward<decltype(theta), decltype(target)>{arguments}, vectors,
+                              numel, arguments.per_sample, nullptr,
+                              static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace cuda
+}  // namespace inpo_fast

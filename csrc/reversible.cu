@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0
+// The reversible affine update on a GPU. The arithmetic is that of the CPU (arithmetic.inl).
+#define INPO_TARGET gpu
+#include "vector.cuh"
+// After it: the arithmetic is written in the terms of kernels.h.
+#include "arithmetic.inl"
+
+namespace inpo_fast {
+namespace cuda {
+namespace {
+
+// The model outputs of a vector, and (b*y + c1*m1) + c2*m2.
+template <class M, int N>
+struct Outputs {
+  Vector<M, N> m1, m2;
+
+  __device__ __forceinline__ void load(const Source& first, const Source& second, int64_t i) {
+    if (first.data != nullptr) m1 = cuda::load<N>(static_cast<const M*>(first.data), i);
+    if (second.data != nullptr) m2 = cuda::load<N>(static_cast<const M*>(second.data), i);
+  }
+
+  __device__ __forceinline__ double increment(const Source& first, const Source& second,
+                                              const Coefficients& row, double y, int k) const {
+    double total = row.b * y;
+    if (first.data != nullptr) total = total + row.c1 * to_double(m1.lane[k]);
+    if (second.data != nullptr) total = total + row.c2 * to_double(m2.lane[k]);
+    return total;
+  }
+};
+
+// --- Float states ---
+
+template <class T, class M, bool kInverse>
+struct Affine {
+  static constexpr int kLanes = kWidth<T>;
+  AffineArguments arguments;
+
+  template <int N>
+  struct Operands {
+    Vector<T, N> x, y;
+    Outputs<M, N> outputs;
+  };
+
+  __device__ Coefficients row(int64_t r) const { return Coefficients(arguments.coef, r); }
+
+  template <int N>
+  __device__ __forceinline__ Operands<N> load(int64_t i) const {
+    Operands<N> o;
+    o.x = cuda::load<N>(static_cast<const T*>(arguments.x.data), i);
+    o.y = cuda::load<N>(static_cast<const T*>(arguments.y.data), i);
+    o.outputs.load(arguments.m1, arguments.m2, i);
+    return o;
+  }
+
+  template <int N>
+  __device__ __forceinline__ int32_t store(const Coefficients& row, const Operands<N>& o,
+                                           int64_t i) const {
+    Vector<T, N> out;
+    bool finite = true;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const double delta =
+          o.outputs.increment(arguments.m1, arguments.m2, row, to_double(o.y.lane[k]), k);
+      const double x = to_double(o.x.lane[k]);
+      out.lane[k] = narrow<T>(kInverse ? (x - delta) / row.a : row.a * x + delta);
+      finite = finite && isfinite(to_float(out.lane[k]));
+    }
+    cuda::store(static_cast<T*>(arguments.out.data), i, out);
+    return finite ? 0 : kStatusNonfinite;
+  }
+};
+
+// --- Lattice states ---
+
+template <class M, bool kInverse>
+struct Lattice {
+  static constexpr int kLanes = kWidth<int32_t>;
+  LatticeArguments arguments;
+
+  template <int N>
+  struct Operands {
+    Vector<int32_t, N> z, y;
+    Outputs<M, N> outputs;
+  };
+
+  __device__ Coefficients row(int64_t r) const { return Coefficients(arguments.coef, r); }
+
+  template <int N>
+  __device__ __forceinline__ Operands<N> load(int64_t i) const {
+    Operands<N> o;
+    o.z = cuda::load<N>(arguments.z, i);
+    o.y = cuda::load<N>(arguments.y, i);
+    o.outputs.load(arguments.m1, arguments.m2, i);
+    return o;
+  }
+
+  // Q of lane k.
+  template <int N>
+  __device__ __forceinline__ double quantized(const Coefficients& row, const Operands<N>& o, int k,
+                                              int64_t& nonfinite) const {
+    const float y = static_cast<float>(o.y.lane[k]) * arguments.unit.resolution;
+    const double delta = o.outputs.increment(arguments.m1, arguments.m2, row, to_double(y), k);
+    return gpu::quantize(delta, arguments.unit.inverse, nonfinite);
+  }
+
+  template <int N>
+  __device__ __forceinline__ int32_t store(const Coefficients& row, const Operands<N>& o,
+                                           int64_t i) const {
+    Vector<int32_t, N> out;
+    int64_t out_of_range = 0, nonfinite = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const double q = quantized(row, o, k, nonfinite);
+      const double z = static_cast<double>(o.z.lane[k]);
+      out.lane[k] = gpu::saturate(kInverse ? z - q : z + q, out_of_range);
+    }
+    cuda::store(arguments.out, i, out);
+    return gpu::status_bits(out_of_range, nonfinite);
+  }
+};
+
+template <class M, bool kInverse>
+struct LatticeScaled : Lattice<M, kInverse> {
+  using Base = Lattice<M, kInverse>;
+  using Base::arguments;
+
+  // The inverse scales by the exchanged ratio.
+  struct Row {
+    Coefficients coef;
+    Divisor n, d;
+  };
+
+  template <int N>
+  struct Operands {
+    typename Base::template Operands<N> plain;
+    Vector<int64_t, N> buffer;
+  };
+
+  __device__ Row row(int64_t r) const {
+    const int64_t* ratio = arguments.ratio + (arguments.ratio_by_sample ? 4 * r : 0);
+    return {Base::row(r), Divisor(ratio[kInverse ? 1 : 0]), Divisor(ratio[kInverse ? 0 : 1])};
+  }
+
+  template <int N>
+  __device__ __forceinline__ Operands<N> load(int64_t i) const {
+    return {Base::template load<N>(i), cuda::load<N>(arguments.buffer, i)};
+  }
+
+  template <int N>
+  __device__ __forceinline__ int32_t store(const Row& row, const Operands<N>& o, int64_t i) const {
+    Vector<int32_t, N> out;
+    Vector<int64_t, N> buffer_out;
+    int64_t out_of_range = 0, nonfinite = 0;
+    const bool contracts = row.n.value <= row.d.value;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const double q = this->quantized(row.coef, o.plain, k, nonfinite);
+      const double delta = gpu::clamp(q, -kIncrementBound, kIncrementBound);
+      double value = static_cast<double>(o.plain.z.lane[k]);
+      if (kInverse) {
+        const double whole = value - delta;
+        value = gpu::clamp(whole, -kScaledBound, kScaledBound);
+        out_of_range |= value == whole ? 0 : 1;
+      }
+      uint64_t kept = static_cast<uint64_t>(o.buffer.lane[k]);
+      const double scaled = contracts ? gpu::contract(value, kept, row.n, row.d)
+                                      : gpu::expand(value, kept, row.d, row.n);
+      buffer_out.lane[k] = static_cast<int64_t>(kept);
+      out.lane[k] = gpu::saturate(kInverse ? scaled : scaled + delta, out_of_range);
+    }
+    cuda::store(arguments.out, i, out);
+    cuda::store(arguments.buffer_out, i, buffer_out);
+    return gpu::status_bits(out_of_range, nonfinite);
+  }
+};
+
+// --- Into and out of the lattice ---
+
+template <class T>
+struct Encode {
+  static constexpr int kLanes = 4;
+  EncodeArguments arguments;
+
+  template <int N>
+  using Operands = Vector<T, N>;
+
+  __device__ double row(int64_t r) const { return arguments.scale.at(r, 0); }
+
+  template <int N>
+  __device__ __forceinline__ Vector<T, N> load(int64_t i) const {
+    return cuda::load<N>(static_cast<const T*>(arguments.x.data), i);
+  }
+
+  template <int N>
+  __device__ __forceinline__ int32_t store(double scale, const Vector<T, N>& x, int64_t i) const {
+    Vector<int32_t, N> out;
+    int64_t out_of_range = 0, nonfinite = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const double value = to_double(x.lane[k]) * scale;
+      const double q = gpu::quantize(value, arguments.unit.inverse, nonfinite);
+      out.lane[k] = gpu::saturate(q, out_of_range);
+    }
+    cuda::store(arguments.out, i, out);
+    return gpu::status_bits(out_of_range, nonfinite);
+  }
+};
+
+template <class T>
+struct Decode {
+  static constexpr int kLanes = 4;
+  DecodeArguments arguments;
+
+  template <int N>
+  using Operands = Vector<int32_t, N>;
+
+  __device__ double row(int64_t r) const { return arguments.scale.at(r, 0); }
+
+  template <int N>
+  __device__ __forceinline__ Vector<int32_t, N> load(int64_t i) const {
+    return cuda::load<N>(arguments.z, i);
+  }
+
+  template <int N>
+  __device__ __forceinline__ int32_t store(double scale, const Vector<int32_t, N>& z,
+                                           int64_t i) const {
+    Vector<T, N> out;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const float value = static_cast<float>(z.lane[k]) * arguments.unit.resolution;
+      const float scaled = static_cast<float>(to_double(value) * scale);
+      out.lane[k] = narrow<T>(static_cast<double>(scaled));
+    }
+    for (int64_t copy = 0; copy < arguments.copies; ++copy) {
+      cuda::store(static_cast<T*>(arguments.out.data), i + copy * arguments.numel, out);
+    }
+    return 0;
+  }
+};
+
+bool vectors(const AffineArguments& a) {
+  return aligned(a.x.data) && aligned(a.y.data) && aligned(a.m1.data) && aligned(a.m2.data) &&
+         aligned(a.out.data);
+}
+
+bool vectors(const LatticeArguments& a) {
+  return aligned(a.z) && aligned(a.y) && aligned(a.buffer) && aligned(a.m1.data) &&
+         aligned(a.m2.data) && aligned(a.out) && aligned(a.buffer_out);
+}
+
+}  // namespace
+
+int affine(const AffineArguments& arguments, bool inverse, int64_t numel, int32_t* status,
+           void* stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const bool whole = vectors(arguments);
+  return with_type<true>(arguments.x.dtype, [&](auto state) {
+    using T = decltype(state);
+    return with_type<sizeof(T) == 8>(arguments.m1.dtype, [&](auto output) {
+      using M = decltype(output);
+      if (inverse) {
+        return launch_elementwise(Affine<T, M, true>{arguments}, whole, numel, arguments.per_row,
+                                  status, queue);
+      }
+      return launch_elementwise(Affine<T, M, false>{arguments}, whole, numel, arguments.per_row,
+                                status, queue);
+    });
+  });
+}
+
+int lattice(const LatticeArguments& arguments, bool inverse, int64_t numel, int32_t* status,
+            void* stream) {
+  const auto launch = [&](const auto& op) {
+    return launch_elementwise(op, vectors(arguments), numel, arguments.per_row, status,
+                              static_cast<cudaStream_t>(stream));
+  };
+  return with_type<false>(arguments.m1.dtype, [&](auto output) {
+    using M = decltype(output);
+    if (arguments.buffer != nullptr) {
+      return inverse ? launch(LatticeScaled<M, true>{arguments})
+                     : launch(LatticeScaled<M, false>{arguments});
+    }
+    return inverse ? launch(Lattice<M, true>{arguments}) : launch(Lattice<M, false>{arguments});
+  });
+}
+
+int encode(const EncodeArguments& arguments, int64_t numel, int32_t* status, void* stream) {
+  return with_type<true>(arguments.x.dtype, [&](auto state) {
+    return launch_elementwise(Encode<decltype(state)>{arguments},
+                              aligned(arguments.x.data) && aligned(arguments.out), numel,
+                              arguments.per_row, status, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int decode(const DecodeArguments& arguments, void* stream) {
+  return with_type<true>(arguments.out.dtype, [&](auto state) {
+    using T = decltype(state);
+    // The second copy begins numel elements behind the first.
+    const bool whole = aligned(arguments.z) && aligned(arguments.out.data) &&
+                       (arguments.copies == 1 || arguments.numel * sizeof(T) % 16 == 0);
+    return launch_elementwise(Decode<T>{arguments}, whole, arguments.numel, arguments.per_row,
+                              nullptr, static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace cuda
+}  // namespace inpo_fast
