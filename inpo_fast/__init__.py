@@ -31,7 +31,7 @@ from .ops import (
 )
 from .sampler import Sampler, State
 from .schedule import NoiseSchedule
-from .solvers import SOLVERS, AmplificationWarning, Program, Update, bdia, ddim, edict, obelm
+from .solvers import SOLVERS, AmplificationWarning, Program, Stage, Update, bdia, ddim, edict, obelm
 
 __all__ = [
     "SOLVERS",
@@ -43,6 +43,7 @@ __all__ = [
     "PreferenceLoss",
     "Program",
     "Sampler",
+    "Stage",
     "State",
     "Update",
     "__version__",

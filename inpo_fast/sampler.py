@@ -200,15 +200,38 @@ class State:
             raise ValueError(f"{path} holds a buffer that is not int64 and at least 0")
 
 
-class _Row(NamedTuple):
-    """What one update needs on the device."""
+class _Kind(NamedTuple):
+    """What is fixed about an update: updates of one kind run the same operations."""
 
-    update: Update
-    coef: Tensor  # [4] or [B, 4]
+    track: int
+    inverse: bool
+    starts: bool
+    scaled: bool  # on the lattice: a multiplies by a fraction other than 0 and 1
+    calls: bool
+    unit: bool  # the model is called on the other track as it is
+    sources: tuple[tuple[int, ...], ...]  # of the later stages, see `Update.sources`
+
+    @classmethod
+    def of(cls, update: Update) -> _Kind:
+        return cls(
+            update.track,
+            update.inverse,
+            update.starts,
+            update.a not in (0, 1),
+            update.node is not None,
+            update.model_scale == 1,
+            update.sources,
+        )
+
+
+class _Row(NamedTuple):
+    """What changes from update to update: views of tables on the device."""
+
+    coef: Tensor  # [R, 4] or [R, B, 4], see `Update.rows`
     status: Tensor  # [1]
     ratio: Tensor  # [4]
-    scale: Tensor  # []
-    timestep: Tensor  # []
+    scale: Tensor  # [2] of the first stage's point, and 1
+    timestep: Tensor  # [S] of the stages
 
 
 Callback: TypeAlias = Callable[[int, Update, State], object]
@@ -220,7 +243,7 @@ save it or raise to stop."""
 class Sampler:
     """Runs a program with a model on a batch.
 
-    The model is called once per update that needs it. With guidance it is called on the batch twice
+    The model is called once per stage of an update. With guidance it is called on the batch twice
     over, [2B, …]: first the unconditional half, then the conditional one; with guidance 1 on [B, …]
     alone. Conditioning is the caller's: bind it into `model`. Nothing in the loop waits for the
     device; range and NaN checks are read once at the end. The caller's tensors are not changed.
@@ -367,18 +390,26 @@ class Sampler:
     def _rows(self, device: torch.device, status: Tensor) -> list[_Row]:
         updates = self.program.updates
         dtype = torch.float64 if self._wide else torch.float32
-        coef = self._coefficients.to(device, dtype)  # [U, 4] or [U, B, 4]
+        coef = self._coefficients.to(device, dtype)  # [R, 4] or [R, B, 4]
         # a = 0 starts a track that is set to zero, so the lattice adds with n/d = 1
         terms = [u.a.as_integer_ratio() if u.a else (1, 1) for u in updates]
         ratio = torch.tensor([ratio_row(n, d).tolist() for n, d in terms], device=device)  # [U, 4]
         scale = torch.tensor(
-            [u.model_scale for u in updates], dtype=torch.float64, device=device
-        )  # [U]
+            [(u.model_scale, 1.0) for u in updates], dtype=torch.float64, device=device
+        )  # [U, 2]
         # the dtype follows the table, not the values, so that it is the same in every program on it
-        discrete = all(isinstance(u.timestep, int) for u in updates if u.node is not None)
-        times = torch.tensor([u.timestep for u in updates], dtype=torch.float64)  # [U]
+        stages = [stage for u in updates for stage in u.stages]
+        discrete = all(isinstance(stage.timestep, int) for stage in stages)
+        times = torch.tensor([stage.timestep for stage in stages], dtype=torch.float64)  # [S]
         times = times.to(device, torch.int64 if discrete else torch.float32)
-        rows = zip(updates, coef, status, ratio, scale, times, strict=True)
+        rows = zip(
+            coef.split([len(u.rows) for u in updates]),
+            status,
+            ratio,
+            scale,
+            times.split([len(u.stages) for u in updates]),
+            strict=True,
+        )
         return [_Row(*row) for row in rows]
 
     @torch.no_grad()
@@ -426,16 +457,16 @@ class Sampler:
         updates = self.program.updates
         status = ops.new_status(len(updates), sample.device)  # [U, 1]
         rows = self._rows(sample.device, status)
-        calls = sum(u.node is not None for u in updates[state.position :])
+        calls = sum(len(u.stages) for u in updates[state.position :])
         with (
             _reproducible(),
             tqdm(total=calls, desc=self.program.name, disable=not progress) as bar,
         ):
             for index in range(state.position, len(updates)):
                 update = updates[index]
-                self._apply(rows[index], tracks, buffers)
+                self._apply(_Kind.of(update), rows[index], tracks, buffers)
                 held[update.track] = update.scale
-                bar.update(update.node is not None)
+                bar.update(len(update.stages))
                 if callback is not None:
                     current = self._state(
                         tracks, buffers, (held[0], held[1]), update.track, index + 1, status
@@ -466,48 +497,84 @@ class Sampler:
             status=status,
         )
 
-    def _apply(self, row: _Row, tracks: list[Tensor], buffers: list[Tensor | None]) -> None:
-        """Call the model on the other track, [B, …], and update the row's track in place."""
-        update = row.update
-        j, y = update.track, tracks[1 - update.track]
-        m1, m2 = (None, None) if update.node is None else self._call(row, y)
-        buffer = buffers[j]
-        if update.starts:
-            tracks[j].zero_()
+    def _apply(
+        self, kind: _Kind, row: _Row, tracks: list[Tensor], buffers: list[Tensor | None]
+    ) -> None:
+        """Call the model on the other track, [B, …], and update the kind's track in place."""
+        x, y, buffer = tracks[kind.track], tracks[1 - kind.track], buffers[kind.track]
+        outputs = self._evaluate(kind, row, y)
+        if kind.starts:
+            x.zero_()
             if buffer is not None:
                 buffer.zero_()
-        options: dict[str, Any] = {"status": row.status, "impl": self.impl}
-        if self.frac_bits is None:
-            affine = ops.affine_inverse_ if update.inverse else ops.affine_update_
-            affine(tracks[j], y, row.coef, m1, m2, **options)
-            return
-        options["frac_bits"] = self.frac_bits
-        if buffer is None or update.a in (0, 1):
-            plain = ops.lattice_inverse_ if update.inverse else ops.lattice_update_
-            plain(tracks[j], y, row.coef, m1, m2, **options)
-        else:
-            scaled = ops.lattice_scaled_inverse_ if update.inverse else ops.lattice_scaled_update_
-            scaled(tracks[j], buffer, y, row.coef, row.ratio, m1, m2, **options)
+        pieces = list(enumerate(outputs))
+        for k, (m1, m2) in reversed(pieces) if kind.inverse else pieces:
+            options: dict[str, Any] = {"status": row.status, "impl": self.impl}
+            if self.frac_bits is None:
+                affine = ops.affine_inverse_ if kind.inverse else ops.affine_update_
+                affine(x, y, row.coef[k], m1, m2, **options)
+                continue
+            options["frac_bits"] = self.frac_bits
+            # only the first operator call scales
+            if buffer is None or not kind.scaled or k > 0:
+                plain = ops.lattice_inverse_ if kind.inverse else ops.lattice_update_
+                plain(x, y, row.coef[k], m1, m2, **options)
+            else:
+                scaled = ops.lattice_scaled_inverse_ if kind.inverse else ops.lattice_scaled_update_
+                scaled(x, buffer, y, row.coef[k], row.ratio, m1, m2, **options)
 
-    def _call(self, row: _Row, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The raw model outputs on track y, each [B, …]: (output, None) or (unconditional,
-        conditional)."""
+    def _evaluate(self, kind: _Kind, row: _Row, y: Tensor) -> list[Pair]:
+        """The raw model outputs of the stages on track y; one pair of nothing where there is no
+        call."""
+        if not kind.calls:
+            return [(None, None)]
+        outputs = [self._call(self._first_point(kind, row, y), row.timestep[0])]
+        if not kind.sources:
+            return outputs
+        base = self._real(row, y)
+        index = len(kind.sources) + 1
+        for k, sources in enumerate(kind.sources, start=1):
+            # a compiled model may give its next output the memory of this one
+            m1, m2 = outputs[-1]
+            outputs[-1] = (m1 if m1 is None else m1.clone(), m2 if m2 is None else m2.clone())
+            point = base
+            for source in sources:
+                point = ops.affine_update(
+                    point, base, row.coef[index], *outputs[source], impl=self.impl
+                )
+                index += 1
+            sample = torch.cat([point.to(self.model_dtype)] * self._copies)
+            outputs.append(self._call(sample, row.timestep[k]))
+        return outputs
+
+    def _real(self, row: _Row, y: Tensor) -> Tensor:
+        """Track y, [B, …], in the precision in which points are computed: float64 for float64
+        states, else float32."""
+        if self.frac_bits is None:
+            return y if self._wide else y.to(torch.float32)
+        return ops.lattice_decode(
+            y, row.scale[1], torch.float32, frac_bits=self.frac_bits, impl=self.impl
+        )
+
+    def _first_point(self, kind: _Kind, row: _Row, y: Tensor) -> Tensor:
+        """What the model sees first, [G·B, …]: the scaled track y, rounded to its dtype."""
         if self.frac_bits is None:
             # a 0-d scale would not lift float32 to float64
-            sample = (y if row.update.model_scale == 1 else y * row.scale[None]).to(
-                self.model_dtype
-            )
-            sample = torch.cat([sample] * self._copies)
-        else:
-            sample = ops.lattice_decode(
-                y,
-                row.scale,
-                self.model_dtype,
-                frac_bits=self.frac_bits,
-                copies=self._copies,
-                impl=self.impl,
-            )
-        output = self.model(sample, row.timestep.expand(len(sample)))
+            sample = (y if kind.unit else y * row.scale[:1]).to(self.model_dtype)
+            return torch.cat([sample] * self._copies)
+        return ops.lattice_decode(
+            y,
+            row.scale[0],
+            self.model_dtype,
+            frac_bits=self.frac_bits,
+            copies=self._copies,
+            impl=self.impl,
+        )
+
+    def _call(self, sample: Tensor, timestep: Tensor) -> Pair:
+        """The raw model outputs at a point, [G·B, …], each [B, …]: (output, None) or
+        (unconditional, conditional)."""
+        output = self.model(sample, timestep.expand(len(sample)))
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor, got {type(output).__name__}")
         if output.shape != sample.shape:

@@ -22,6 +22,7 @@ from inpo_fast import (
     NonFiniteError,
     Program,
     Sampler,
+    Stage,
     State,
     Update,
     bdia,
@@ -38,11 +39,41 @@ TABLE = scaled_linear_alphas_cumprod()
 SHAPE = (3, 4, 5, 7)
 BATCH = SHAPE[0]
 
+
+def staged(grid, direction="sample"):
+    """A program of one's own whose updates evaluate the model up to four times, on both tracks."""
+
+    first, second = min(3, grid.num_steps), min(2, grid.num_steps)
+    time = int if grid.discrete else float
+
+    def stage(c, q):
+        return Stage(c, second, time(grid.timesteps[second]), p=0.75, q=q)
+
+    def update(track, a, later):
+        options = {"node": first, "timestep": time(grid.timesteps[first]), "model_scale": 1.25}
+        return Update(track, a, 0.25, c=0.5, later=later, **options)
+
+    copy = Update(1, Fraction(0), 1.0)
+    updates = (
+        copy,
+        update(0, Fraction(15, 16), (stage(0.25, (0.5,)), stage(-0.25, (0.5, 0.0)))),
+        update(1, Fraction(1), (stage(0.0, (0.0,)),)),
+        Update(0, Fraction(17, 16), -0.25),
+        update(1, Fraction(7, 8), tuple(stage(0.25, (0.25,) * k) for k in (1, 2, 3))),
+    )
+    program = Program("staged", updates, (1.0, None), input=0, output=0, order=1)
+    if direction == "sample":
+        return program
+    back = (copy, *(u.inverted() for u in reversed(updates[1:])))
+    return Program("staged inversion", back, (1.0, None), input=0, output=0, order=1)
+
+
 SOLVERS = {
     "bdia-1": bdia,
     "bdia-15/16": lambda s, **k: bdia(s, gamma=Fraction(15, 16), **k),
     "edict": edict,
     "obelm": obelm,
+    "staged": staged,
 }
 
 solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
@@ -339,6 +370,22 @@ def test_the_model_may_write_into_its_input():
         assert same_bits(Sampler(model, program, state=state).run(image()), expected)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_model_may_use_the_memory_of_its_last_output(guidance):
+    memory = []
+
+    def model(x, t):
+        output = Network()(x, t)
+        memory[:] = memory or [torch.empty_like(output)]
+        return memory[0].copy_(output)
+
+    for state in ("lattice", "float32"):
+        program = staged(schedule())
+        options = {"state": state, "guidance_scale": guidance}
+        expected = Sampler(Network(), program, **options).run(image())
+        assert same_bits(Sampler(model, program, **options).run(image()), expected)
+
+
 @pytest.mark.parametrize("state", ["lattice", "float32"])
 def test_a_batch_is_its_samples(state):
     program = edict(schedule(), direction="invert")
@@ -427,7 +474,7 @@ def test_callbacks_come_after_every_update(solver, state):
         assert update is program.updates[index]
         assert current.position == index + 1 and current.output == update.track
         assert current.scales[update.track] == update.scale
-        calls = sum(u.node is not None for u in program.updates[: index + 1])
+        calls = sum(len(u.stages) for u in program.updates[: index + 1])
         assert len(network.calls) == calls
         seen.append((index, current.sample()))
 
@@ -574,7 +621,7 @@ def test_resumed_from_any_position(tmp_path, solver, direction, state):
         assert middle.position == index + 1
         again = Sampler(network, program, **options).run(middle)
         assert same_bits(again, end)
-        left = sum(u.node is not None for u in program.updates[index + 1 :])
+        left = sum(len(u.stages) for u in program.updates[index + 1 :])
         assert len(network.calls) == left
     end.save(path)
     loaded = State.load(path)

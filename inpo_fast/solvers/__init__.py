@@ -8,7 +8,7 @@ from .bdia import bdia
 from .ddim import ddim
 from .edict import edict
 from .obelm import obelm
-from .program import AmplificationWarning, Direction, Program, Update
+from .program import AmplificationWarning, Direction, Program, Stage, Update
 
 SOLVERS: dict[str, Callable[..., Program]] = {
     "ddim": ddim,
@@ -23,6 +23,7 @@ __all__ = [
     "AmplificationWarning",
     "Direction",
     "Program",
+    "Stage",
     "Update",
     "bdia",
     "ddim",

@@ -1,13 +1,16 @@
 """A solver as plain data: the list of reversible updates that it runs.
 
 The state is a pair of tracks (x⁰, x¹). Each update changes one track j and looks only at the other,
+y = x^{1−j}, at which it evaluates the model in stages (one for most solvers, none for a mixing
+layer),
 
-    x^j ← a x^j + b x^{1−j} + c m(s x^{1−j}, t)
+    x^j ← a x^j + b y + Σ_k c_k m_k,        m_k = m(p_k y + Σ_{l<k} q_kl m_l, t_k)
 
-with the inverse x^j ← (x^j − b x^{1−j} − c m(s x^{1−j}, t)) / a,
-so the list run backwards with the inverses undoes it, whatever the model m is. a is an exact
-rational because the lattice scales integers by it; a = 0 starts a track, forgetting what it held. b
-and c already contain the prediction type and, through `Program.coefficients`, the guidance scale.
+with the inverse x^j ← (x^j − b y − Σ_k c_k m_k) / a,
+so the list run backwards with the inverses undoes it, whatever the model m is: y does not change,
+and the inverse finds the same m_k. a is an exact rational because the lattice scales integers by
+it; a = 0 starts a track, forgetting what it held. b, c, p and q already contain the prediction type
+and, through `Program.coefficients`, the guidance scale.
 """
 
 from __future__ import annotations
@@ -34,6 +37,30 @@ class AmplificationWarning(UserWarning):
     """A program magnifies perturbations so much that its end state may be useless."""
 
 
+Row = tuple[float, float, float]
+"""(a, b, c) of one operator call."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One evaluation of the model in an update, m_k = m(p y + Σ_l q_l m_l, t), added as c m_k.
+
+    Attributes:
+        c: multiplier of the guided output m_k in the update.
+        node: schedule node at which the model is called; i + 1/2 is the midpoint between the nodes
+            i and i + 1 (`NoiseSchedule.point`).
+        timestep: time that the model is given, an int where it is an index of a table.
+        p: multiplier of the track that the update reads.
+        q: multipliers of the outputs of the earlier stages, one for each.
+    """
+
+    c: float
+    node: float
+    timestep: float
+    p: float
+    q: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True)
 class Update:
     """One reversible affine update of track `track`.
@@ -42,10 +69,11 @@ class Update:
         track: j, the track that changes.
         a: exact multiplier of x^j; 0 starts the track.
         b: multiplier of the other track.
-        c: multiplier of the guided model output; 0 where there is no model call.
-        node: schedule node at which the model is called, None for no call.
-        timestep: time that the model is given, an int where it is an index of a table.
-        model_scale: s, the model sees s x^{1−j}.
+        c: multiplier c_0 of the guided model output; 0 where there is no model call.
+        node: schedule node at which the model is called first, None for no call.
+        timestep: time that the model is given then, an int where it is an index of a table.
+        model_scale: p_0, the model sees p_0 x^{1−j}.
+        later: the stages k = 1, 2, … after this first one.
         before, after: z per unit of track j before and after the update.
         inverse: run the inverse of the update instead.
         frozen: (a, b) of the same update on z with the velocity ε̂ − x̂ held fixed; the
@@ -63,6 +91,7 @@ class Update:
     after: float = 1.0
     inverse: bool = False
     frozen: tuple[float, float] | None = None
+    later: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         if self.track not in (0, 1):
@@ -76,12 +105,19 @@ class Update:
         numbers = (
             *(self.b, self.c, self.timestep, self.model_scale, self.before, self.after),
             *self.frozen_coefficients,
+            *(number for s in self.later for number in (s.c, s.node, s.timestep, s.p, *s.q)),
         )
         if not np.isfinite(numbers).all():
             raise ValueError(f"coefficients must be finite, got {numbers}")
         if self.node is None and self.c != 0:
             raise ValueError("an update without a model call must have c = 0")
-
+        if self.node is None and self.later:
+            raise ValueError("an update without a model call must have no later stages")
+        for k, stage in enumerate(self.later, start=1):
+            if len(stage.q) != k:
+                raise ValueError(
+                    f"stage {k} must have q for each of the {k} stages before it, got {stage.q}"
+                )
         if (self.a == 0) != (self.frozen_coefficients[0] == 0):
             raise ValueError(
                 f"frozen must scale the track as a does, got {self.frozen} for a = {self.a}"
@@ -91,6 +127,40 @@ class Update:
     def frozen_coefficients(self) -> tuple[float, float]:
         """`frozen`, or what it stands for."""
         return (float(self.a), self.b) if self.frozen is None else self.frozen
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """All evaluations of the model in order; empty for an update without a model call."""
+        if self.node is None:
+            return ()
+        return (Stage(self.c, self.node, self.timestep, self.model_scale), *self.later)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The operator calls that the update consists of, as (a, b, c) with c for one model output.
+
+        First the state's: (a, b, c_0), then (1, 0, c_k) for each later stage, which add to the
+        same track one after the other (the inverse takes them away in reverse order). Then those
+        that make the later stages' points, stage by stage: (p, 0, q_l) for the first l whose q_l
+        is not 0 and (1, 0, q_l) for the others, see `Update.sources`.
+        """
+        first: list[Row] = [(float(self.a), self.b, self.c)]
+        adding = [(1.0, 0.0, stage.c) for stage in self.later]
+        points = [
+            (1.0 if position else stage.p, 0.0, stage.q[source])
+            for stage, sources in zip(self.later, self.sources, strict=True)
+            for position, source in enumerate(sources)
+        ]
+        return (*first, *adding, *points)
+
+    @cached_property
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        """For every later stage, the earlier stages whose outputs its point is made of (the first
+        where it is made of none)."""
+        return tuple(
+            tuple(index for index, q in enumerate(stage.q) if q != 0) or (0,)
+            for stage in self.later
+        )
 
     @property
     def starts(self) -> bool:
@@ -174,7 +244,7 @@ class Program:
     @property
     def model_calls(self) -> int:
         """Number of model evaluations (guidance batched into one)."""
-        return sum(update.node is not None for update in self.updates)
+        return sum(len(update.stages) for update in self.updates)
 
     @property
     def reversible(self) -> bool:
@@ -261,7 +331,7 @@ class Program:
         return any(update.a not in (0, 1) for update in self.updates)
 
     def coefficients(self, guidance_scale: float | Sequence[float] | Array = 1.0) -> Array:
-        """Rows (a, b, c_1, c_2) for the operators, float64.
+        """Rows (a, b, c_1, c_2) of the operator calls, float64: `Update.rows`, update by update.
 
         With guidance w the two raw model outputs get c_1 = c(1−w) (unconditional) and c_2 = c w
         (conditional): for any affine prediction type this equals guidance on ε. With w = 1 there is
@@ -271,15 +341,16 @@ class Program:
             guidance_scale: w, or [B] with one per sample.
 
         Returns:
-            [U, 4], or [U, B, 4] for guidance per sample.
+            [R, 4], or [R, B, 4] for guidance per sample; R is the number of updates where none has
+            later stages.
         """
         w = np.asarray(guidance_scale, dtype=np.float64)
         if w.ndim > 1 or not np.isfinite(w).all():
             raise ValueError(
                 f"guidance_scale must be finite numbers, one or [B], got {guidance_scale}"
             )
-        abc = np.array([(float(u.a), u.b, u.c) for u in self.updates])  # [U, 3]
-        abc = abc.reshape(-1, *[1] * w.ndim, 3)  # [U, 3] or [U, 1, 3]
+        abc = np.array([row for update in self.updates for row in update.rows])  # [R, 3]
+        abc = abc.reshape(-1, *[1] * w.ndim, 3)  # [R, 3] or [R, 1, 3]
         a, b, c = np.moveaxis(np.broadcast_to(abc, (len(abc), *w.shape, 3)), -1, 0)
         guided = not is_unguided(guidance_scale)
         rows = (a, b, c * (1 - w), c * w) if guided else (a, b, c, 0 * c)
@@ -293,6 +364,7 @@ class Program:
             (
                 *(u.track, *u.a.as_integer_ratio(), float(u.b), float(u.c), u.inverse),
                 *(u.node, u.timestep, float(u.model_scale), float(u.before), float(u.after)),
+                *((float(s.c), s.node, s.timestep, float(s.p), *map(float, s.q)) for s in u.later),
             )
             for u in self.updates
         ]
@@ -313,6 +385,10 @@ class Program:
                 f"{u.a!s:>11s} {u.b:14.8f} {u.c:14.8f}  "
                 f"{'' if u.node is None else f'{u.timestep:g}'}"
             )
+            lines += [
+                f"{f'+ m_{k}':>20s}{'':30s}{stage.c:14.8f}  {stage.timestep:g}"
+                for k, stage in enumerate(u.later, start=1)
+            ]
         return "\n".join(lines)
 
 

@@ -26,9 +26,13 @@ def interpret(
     yield tuple(tracks)
     for u in program.updates:
         other = tracks[1 - u.track]
-        increment = u.b * other
-        if u.node is not None:
-            increment = increment + u.c * model(u.model_scale * other, u.node)
+        increment, outputs = u.b * other, []
+        for stage in u.stages:
+            point = stage.p * other
+            for q, output in zip(stage.q, outputs, strict=True):
+                point = point + q * output
+            outputs.append(model(point, stage.node))
+            increment = increment + stage.c * outputs[-1]
         a = float(u.a)
         if u.inverse:
             tracks[u.track] = (tracks[u.track] - increment) / a

@@ -15,6 +15,7 @@ from inpo_fast.solvers import (
     SOLVERS,
     AmplificationWarning,
     Program,
+    Stage,
     Update,
     bdia,
     ddim,
@@ -281,7 +282,20 @@ def sample_program(**changes) -> Program:
     return Program(**{**options, **changes})
 
 
+STAGE = Stage(0.5, node=2.5, timestep=30.5, p=0.25, q=(0.75,))
+
 CHANGES = [
+    {"later": (STAGE,)},
+    *(
+        {"later": (dataclasses.replace(STAGE, **change),)}
+        for change in (
+            {"c": np.nextafter(0.5, 1)},
+            {"node": 2},
+            {"timestep": 30},
+            {"p": np.nextafter(0.25, 1)},
+            {"q": (np.nextafter(0.75, 1),)},
+        )
+    ),
     {"a": Fraction(1, 3)},
     {"b": np.nextafter(0.25, 1)},
     {"c": np.nextafter(0.125, 1)},
@@ -339,6 +353,43 @@ def test_printing():
     assert "inverse" in str(bdia(stable_diffusion(3)).inverse()).splitlines()[2]
 
 
+def staged_program() -> Program:
+    third = Stage(0.0625, node=1, timestep=7, p=2.0, q=(0.0, 0.3))
+    fourth = Stage(0.03125, node=1, timestep=7, p=3.0, q=(0.0, 0.0, 0.0))
+    fifth = Stage(0.1, node=1, timestep=7, p=4.0, q=(0.1, 0.2, 0.0, 0.4))
+    return sample_program(later=(STAGE, third, fourth, fifth))
+
+
+def test_stages_as_rows():
+    program = staged_program()
+    update, plain = program.updates
+    assert [stage.p for stage in update.stages] == [0.75, 0.25, 2.0, 3.0, 4.0]
+    assert update.stages[0] == Stage(0.125, 3, 41, 0.75) and plain.stages == ()
+    assert program.model_calls == 5
+    assert update.sources == ((0,), (1,), (0,), (0, 1, 3))
+    adding = [(1.0, 0.0, c) for c in (0.5, 0.0625, 0.03125, 0.1)]
+    points = [(0.25, 0.0, 0.75), (2.0, 0.0, 0.3), (3.0, 0.0, 0.0)]
+    points += [(4.0, 0.0, 0.1), (1.0, 0.0, 0.2), (1.0, 0.0, 0.4)]
+    expected = np.array([(0.5, 0.25, 0.125), *adding, *points, (1.0, 0.5, 0.0)])
+    assert list(map(len, (update.rows, plain.rows))) == [11, 1]
+    np.testing.assert_array_equal(program.coefficients()[:, :3], expected)
+    w = np.array([3.0, 1.0])
+    rows = program.coefficients(w)
+    assert rows.shape == (12, 2, 4)
+    np.testing.assert_array_equal(rows[..., :2], expected[:, None, :2].repeat(2, axis=1))
+    np.testing.assert_array_equal(rows[..., 2], expected[:, 2:] * (1 - w))
+    np.testing.assert_array_equal(rows[..., 3], expected[:, 2:] * w)
+
+
+def test_printing_stages():
+    lines = str(staged_program()).splitlines()
+    assert len(lines) == 2 + 5 + 1
+    assert lines[3].split() == ["+", "m_1", "0.50000000", "30.5"]
+    assert lines[6].split() == ["+", "m_4", "0.10000000", "7"]
+    # under the column of c
+    assert lines[3].index("0.50000000") == lines[2].index("0.12500000")
+
+
 # --- Checks -----------------------------------------------------------------------------------
 
 
@@ -355,6 +406,13 @@ def test_printing():
         ({"frozen": (1.0, np.nan)}, "coefficients must be finite"),
         ({"node": None}, "without a model call must have c = 0"),
         ({"frozen": (0.0, 1.0)}, "frozen must scale the track as a does"),
+        (
+            {"later": (Stage(1.0, 1, 3, p=1.0),)},
+            r"stage 1 must have q for each of the 1 .*got \(\)",
+        ),
+        ({"later": (Stage(1.0, 1, 3, 1.0, (np.nan,)),)}, "coefficients must be finite"),
+        ({"later": (Stage(np.inf, 1, 3, 1.0, (1.0,)),)}, "coefficients must be finite"),
+        ({"node": None, "c": 0.0, "later": (STAGE,)}, "must have no later stages"),
     ],
 )
 def test_an_update_checks_itself(fields, message):
