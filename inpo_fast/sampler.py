@@ -2,242 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .lattice import DEFAULT_FRAC_BITS, MAX_BUFFER, lattice_range, ratio_row
-from .solvers.program import (
-    AmplificationWarning,
-    Ends,
-    Program,
-    Update,
-    is_unguided,
-)
+from .lattice import DEFAULT_FRAC_BITS, MAX_BUFFER, lattice_range
+from .loop import EagerLoop, GraphLoop, Kind, Model, Stepper, Tables, reproducible
+from .solvers.program import AmplificationWarning, Ends, Program, Update, is_unguided
+from .state import FLOAT_STATES, State, StateKind
 
-Model: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""model(sample [G·B, …], timestep [G·B]) → raw output [G·B, …], any prediction type."""
-
-Pair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
-
-_FORMAT = "inpo_fast.state/1"
-_FLOAT_STATES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-StateKind = Literal["lattice", "float64", "float32", "float16", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a run stands: both tracks, their information buffers and the position in the program.
-
-    Attributes:
-        tracks: two tensors [B, …], int32 on the lattice, else floating; None where a track is not
-            in use.
-        buffers: two int64 tensors [B, …] where the program scales lattice tracks, else None.
-        scales: z per unit of each track, None where the track carries no sample.
-        output: the track that carries the sample.
-        position: number of updates done.
-        frac_bits: K of the lattice, None for floating tracks.
-        program: fingerprint of the program that ran.
-        inverse: fingerprint of the program that undoes it, None where there is none and while the
-            run is unfinished.
-        status: the status words of the run that this state is a moment of, read by `save`; None
-            once they have been checked.
-    """
-
-    tracks: Pair
-    buffers: Pair
-    scales: Ends
-    output: int
-    position: int
-    frac_bits: int | None
-    program: str
-    inverse: str | None
-    status: Tensor | None = field(default=None, repr=False)
-
-    def sample(self) -> Tensor:
-        """[B, …] the sample z that the output track carries, float32 (or the dtype of a floating
-        state)."""
-        track, scale = self.tracks[self.output], self.scales[self.output]
-        assert track is not None and scale is not None
-        if self.frac_bits is None:
-            return track * scale
-        unit = torch.tensor(scale, dtype=torch.float64, device=track.device)
-        return ops.lattice_decode(track, unit, torch.float32, frac_bits=self.frac_bits)
-
-    def equal(self, other: State) -> bool:
-        """Whether both states carry the same bits, in tracks and buffers, wherever both hold
-        something."""
-        mine, theirs = self._tensors(), other._tensors()
-        common = mine.keys() & theirs.keys()
-        same = (self.output, self.frac_bits) == (other.output, other.frac_bits)
-        same = same and all(torch.equal(mine[k], theirs[k]) for k in common)
-        return same and f"track{self.output}" in common
-
-    def _tensors(self) -> dict[str, Tensor]:
-        named = {}
-        for j in (0, 1):
-            if self.scales[j] is None:
-                continue
-            for name, tensor in (("track", self.tracks[j]), ("buffer", self.buffers[j])):
-                if tensor is not None:
-                    named[f"{name}{j}"] = tensor
-        return named
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state as safetensors, under a temporary name first; an interrupted write leaves
-        nothing behind.
-
-        Raises:
-            LatticeRangeError, NonFiniteError: the run has gone wrong before this moment.
-        """
-        from safetensors.torch import save_file
-
-        if self.status is not None:
-            ops.check_status(self.status)
-        path = Path(path)
-        fields = {
-            "format": _FORMAT,
-            "program": self.program,
-            "inverse": self.inverse or "",
-            "position": str(self.position),
-            "output": str(self.output),
-            "frac_bits": "" if self.frac_bits is None else str(self.frac_bits),
-            "scales": " ".join("-" if s is None else float(s).hex() for s in self.scales),
-        }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            tensors = {name: t.contiguous() for name, t in self._tensors().items()}
-            save_file(tensors, temporary, metadata=fields)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> State:
-        """Read a state written by `save`.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: the file is corrupt or is not such a state.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no state file at {os.fspath(path)}")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                fields = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{os.fspath(path)} is not a readable safetensors file: {error}"
-            ) from None
-        if fields.get("format") != _FORMAT:
-            raise ValueError(
-                f"{os.fspath(path)} is not an inpo_fast state: format must be {_FORMAT!r}, got "
-                f"{fields.get('format')!r}"
-            )
-        try:
-            first, second = (
-                None if s == "-" else float.fromhex(s) for s in fields["scales"].split()
-            )
-            state = cls(
-                tracks=(tensors.get("track0"), tensors.get("track1")),
-                buffers=(tensors.get("buffer0"), tensors.get("buffer1")),
-                scales=(first, second),
-                output=int(fields["output"]),
-                position=int(fields["position"]),
-                frac_bits=int(fields["frac_bits"]) if fields["frac_bits"] else None,
-                program=fields["program"],
-                inverse=fields["inverse"] or None,
-            )
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} has a damaged header: {error!r}") from None
-        state._check_loaded(os.fspath(path))
-        return state
-
-    def _check_loaded(self, path: str) -> None:
-        held = [t for t in self.tracks if t is not None]
-        expected = [s is not None for s in self.scales]
-        if (
-            expected != [t is not None for t in self.tracks]
-            or self.output not in (0, 1)
-            or not held
-        ):
-            raise ValueError(f"{path} lacks a track that its header names")
-        integer = self.frac_bits is not None
-        dtypes = [torch.int32] if integer else list(_FLOAT_STATES.values())
-        tensors = held + [b for b in self.buffers if b is not None]
-        if held[0].dtype not in dtypes or len({t.dtype for t in held}) > 1:
-            raise ValueError(
-                f"{path} holds tracks of dtype {held[0].dtype}, expected one of {dtypes}"
-            )
-        if self.position < 0 or not all(s is None or math.isfinite(s) for s in self.scales):
-            raise ValueError(
-                f"{path} has a damaged header: position {self.position}, scales {self.scales}"
-            )
-        if len({t.shape for t in tensors}) > 1:
-            raise ValueError(f"{path} holds tracks of different shapes")
-        if any(b.dtype != torch.int64 or (b < 0).any() for b in self.buffers if b is not None):
-            raise ValueError(f"{path} holds a buffer that is not int64 and at least 0")
-
-
-class _Kind(NamedTuple):
-    """What is fixed about an update: updates of one kind run the same operations."""
-
-    track: int
-    inverse: bool
-    starts: bool
-    scaled: bool  # on the lattice: a multiplies by a fraction other than 0 and 1
-    calls: bool
-    unit: bool  # the model is called on the other track as it is
-    sources: tuple[tuple[int, ...], ...]  # of the later stages, see `Update.sources`
-
-    @classmethod
-    def of(cls, update: Update) -> _Kind:
-        return cls(
-            update.track,
-            update.inverse,
-            update.starts,
-            update.a not in (0, 1),
-            update.node is not None,
-            update.model_scale == 1,
-            update.sources,
-        )
-
-
-class _Row(NamedTuple):
-    """What changes from update to update: views of tables on the device."""
-
-    coef: Tensor  # [R, 4] or [R, B, 4], see `Update.rows`
-    status: Tensor  # [1]
-    ratio: Tensor  # [4]
-    scale: Tensor  # [2] of the first stage's point, and 1
-    timestep: Tensor  # [S] of the stages
-
+__all__ = ["Callback", "Model", "Sampler", "State", "StateKind"]
 
 Callback: TypeAlias = Callable[[int, Update, State], object]
 """callback(index, update, state) after every update; the state is the run's own until the callback
-returns, which may
-save it or raise to stop."""
+returns, which may save it or raise to stop."""
 
 
 class Sampler:
@@ -250,8 +32,15 @@ class Sampler:
 
     Exact to the bit means `state="lattice"`: running a program and then its inverse gives the
     starting bits, provided that the model returns the same bits for the same input (same batch,
-    device, library versions). The loop runs with cuDNN's deterministic algorithms and without its
-    benchmark mode, and restores both settings.
+    device, library versions). For the time of a run, cuDNN takes its deterministic algorithms and
+    neither it nor Inductor chooses kernels by benchmarking, so that a compiled model too gives the
+    same bits in another process.
+
+    Compiled on a GPU, each kind of update is one CUDA graph, captured in the first run; later
+    updates and runs replay it. The graphs are bound to the shape of the first batch and to the
+    memory of what `model` has captured, so new conditioning needs a new sampler (which compiles
+    nothing again if `model` is the same function), and Python code in `model` runs only while it is
+    captured.
 
     Args:
         model: see `Model`; the output has the shape of its input and a floating dtype (up to
@@ -262,6 +51,9 @@ class Sampler:
         model_dtype: dtype of the sample that the model is given.
         frac_bits: K, lattice resolution 2^−K and range ±2^(31−K).
         impl: backend of the operators, see `inpo_fast.ops`.
+        compile: True compiles the model (`fullgraph`) and, on a GPU, captures CUDA graphs; "graph"
+            only captures, for a model of which the caller has compiled what is worth it, such as
+            `unet.compile_repeated_blocks(fullgraph=True)`, which takes a fraction of the time.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -277,16 +69,17 @@ class Sampler:
         model_dtype: torch.dtype = torch.float32,
         frac_bits: int = DEFAULT_FRAC_BITS,
         impl: ops.Impl = "auto",
+        compile: bool | Literal["graph"] = False,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
         if not isinstance(program, Program):
             raise TypeError(f"program must be a Program, got {type(program).__name__}")
-        if state != "lattice" and state not in _FLOAT_STATES:
+        if state != "lattice" and state not in FLOAT_STATES:
             raise ValueError(
-                f"state must be 'lattice' or one of {list(_FLOAT_STATES)}, got {state!r}"
+                f"state must be 'lattice' or one of {list(FLOAT_STATES)}, got {state!r}"
             )
-        if model_dtype not in _FLOAT_STATES.values():
+        if model_dtype not in FLOAT_STATES.values():
             raise ValueError(f"model_dtype must be a floating dtype, got {model_dtype}")
         if state == "lattice":
             lattice_range(frac_bits)
@@ -303,6 +96,8 @@ class Sampler:
                 )
         if impl not in get_args(ops.Impl):
             raise ValueError(f"impl must be one of {get_args(ops.Impl)}, got {impl!r}")
+        if compile not in (False, True, "graph"):
+            raise ValueError(f"compile must be False, True or 'graph', got {compile!r}")
         self.model = model
         self.program = program
         self.guidance_scale = guidance_scale
@@ -310,10 +105,20 @@ class Sampler:
         self.model_dtype = model_dtype
         self.frac_bits = frac_bits if state == "lattice" else None
         self.impl = impl
+        self.compile = compile
         self._coefficients = torch.from_numpy(
             program.coefficients(guidance_scale)
-        )  # [U, 4] or [U, B, 4]
-        self._copies = 1 if is_unguided(guidance_scale) else 2
+        )  # [R, 4] or [R, B, 4]
+        self._kinds = [Kind.of(update) for update in program.updates]
+        self._stepper = Stepper(
+            torch.compile(model, fullgraph=True, dynamic=False) if compile is True else model,
+            copies=1 if is_unguided(guidance_scale) else 2,
+            model_dtype=model_dtype,
+            wide=self._wide,
+            frac_bits=self.frac_bits,
+            impl=impl,
+        )
+        self._graphs: GraphLoop | None = None
         with warnings.catch_warnings():
             # the amplification of the inverse concerns only those who run it
             warnings.simplefilter("ignore", AmplificationWarning)
@@ -344,7 +149,7 @@ class Sampler:
         # depend on it
         sample = sample.contiguous()
         if self.frac_bits is None:
-            track = (sample.double() / scale).to(_FLOAT_STATES[self.state])
+            track = (sample.double() / scale).to(FLOAT_STATES[self.state])
         else:
             unit = torch.tensor(1 / scale, dtype=torch.float64, device=sample.device)
             status = ops.new_status(1, sample.device)  # [1, 1]
@@ -375,7 +180,7 @@ class Sampler:
             ops.check_status(state.status)
         held = state.tracks[state.output]
         assert held is not None
-        if self.frac_bits is None and held.dtype != _FLOAT_STATES[self.state]:
+        if self.frac_bits is None and held.dtype != FLOAT_STATES[self.state]:
             raise ValueError(f"the state is {held.dtype}, the sampler's is {self.state}")
         if state.program == program.fingerprint and state.position < len(program.updates):
             return state
@@ -386,31 +191,6 @@ class Sampler:
             f"{state.position}; "
             f"{program.name} is {program.fingerprint[:12]} with {len(program.updates)} updates"
         )
-
-    def _rows(self, device: torch.device, status: Tensor) -> list[_Row]:
-        updates = self.program.updates
-        dtype = torch.float64 if self._wide else torch.float32
-        coef = self._coefficients.to(device, dtype)  # [R, 4] or [R, B, 4]
-        # a = 0 starts a track that is set to zero, so the lattice adds with n/d = 1
-        terms = [u.a.as_integer_ratio() if u.a else (1, 1) for u in updates]
-        ratio = torch.tensor([ratio_row(n, d).tolist() for n, d in terms], device=device)  # [U, 4]
-        scale = torch.tensor(
-            [(u.model_scale, 1.0) for u in updates], dtype=torch.float64, device=device
-        )  # [U, 2]
-        # the dtype follows the table, not the values, so that it is the same in every program on it
-        stages = [stage for u in updates for stage in u.stages]
-        discrete = all(isinstance(stage.timestep, int) for stage in stages)
-        times = torch.tensor([stage.timestep for stage in stages], dtype=torch.float64)  # [S]
-        times = times.to(device, torch.int64 if discrete else torch.float32)
-        rows = zip(
-            coef.split([len(u.rows) for u in updates]),
-            status,
-            ratio,
-            scale,
-            times.split([len(u.stages) for u in updates]),
-            strict=True,
-        )
-        return [_Row(*row) for row in rows]
 
     @torch.no_grad()
     def run(
@@ -446,6 +226,38 @@ class Sampler:
                 f"guidance_scale has {self._coefficients.shape[1]} values for a batch of "
                 f"{sample.shape[0]}"
             )
+        held = list(state.scales)
+        updates = self.program.updates
+        calls = sum(len(u.stages) for u in updates[state.position :])
+        with (
+            reproducible(),
+            tqdm(total=calls, desc=self.program.name, disable=not progress) as bar,
+        ):
+            loop = self._loop(state, sample)
+            try:
+                for index in range(state.position, len(updates)):
+                    update = updates[index]
+                    loop.step(index, self._kinds[index])
+                    held[update.track] = update.scale
+                    bar.update(len(update.stages))
+                    if callback is not None:
+                        now = (held[0], held[1])
+                        current = self._state(
+                            loop.tracks, loop.buffers, now, update.track, index + 1, loop.status
+                        )
+                        callback(index, update, current)
+            except BaseException:
+                # a capture that was cut short, or memory that another try needs
+                self._graphs = None
+                raise
+        ops.check_status(loop.status, self._describe)
+        final = self._state(
+            loop.tracks, loop.buffers, self.program.end, self.program.output, len(updates)
+        )
+        return final if loop is not self._graphs else final.clone()
+
+    def _loop(self, state: State, sample: Tensor) -> EagerLoop | GraphLoop:
+        """A loop that stands at the state, which it leaves alone."""
         tracks = [torch.zeros_like(sample) if t is None else t.clone() for t in state.tracks]
         buffers: list[Tensor | None] = [None, None]
         if self._scaled:
@@ -453,27 +265,30 @@ class Sampler:
                 torch.zeros_like(sample, dtype=torch.int64) if b is None else b.clone()
                 for b in state.buffers
             ]
-        held = list(state.scales)
-        updates = self.program.updates
-        status = ops.new_status(len(updates), sample.device)  # [U, 1]
-        rows = self._rows(sample.device, status)
-        calls = sum(len(u.stages) for u in updates[state.position :])
-        with (
-            _reproducible(),
-            tqdm(total=calls, desc=self.program.name, disable=not progress) as bar,
-        ):
-            for index in range(state.position, len(updates)):
-                update = updates[index]
-                self._apply(_Kind.of(update), rows[index], tracks, buffers)
-                held[update.track] = update.scale
-                bar.update(len(update.stages))
-                if callback is not None:
-                    current = self._state(
-                        tracks, buffers, (held[0], held[1]), update.track, index + 1, status
-                    )
-                    callback(index, update, current)
-        ops.check_status(status, self._describe)
-        return self._state(tracks, buffers, self.program.end, self.program.output, len(updates))
+        if self.compile == "graph" and not sample.is_cuda:
+            raise ValueError(
+                f"compile='graph' captures CUDA graphs and needs a GPU, got {sample.device}"
+            )
+        if self._graphs is not None:
+            bound = self._graphs.tracks[0]
+            if (bound.shape, bound.device) != (sample.shape, sample.device):
+                raise ValueError(
+                    f"a compiled sampler is bound to its first batch, {tuple(bound.shape)} on "
+                    f"{bound.device}, got {tuple(sample.shape)} on {sample.device}; make another"
+                )
+        if not (self.compile and sample.is_cuda):
+            status = ops.new_status(len(self._kinds), sample.device)  # [U, 1]
+            return EagerLoop(self._stepper, self._tables(sample.device), status, tracks, buffers)
+        if self._graphs is None:
+            self._graphs = GraphLoop(
+                self._stepper, self._tables(sample.device), tracks, self._scaled
+            )
+        self._graphs.begin(tracks, buffers, state.position)
+        return self._graphs
+
+    def _tables(self, device: torch.device) -> Tables:
+        dtype = torch.float64 if self._wide else torch.float32
+        return Tables.of(self.program, self._coefficients, dtype, device)
 
     def _state(
         self,
@@ -484,10 +299,10 @@ class Sampler:
         position: int,
         status: Tensor | None = None,
     ) -> State:
-        kept = [scale is not None for scale in scales]
+        first, second = (scale is not None for scale in scales)
         return State(
-            tracks=(tracks[0] if kept[0] else None, tracks[1] if kept[1] else None),
-            buffers=(buffers[0] if kept[0] else None, buffers[1] if kept[1] else None),
+            tracks=(tracks[0] if first else None, tracks[1] if second else None),
+            buffers=(buffers[0] if first else None, buffers[1] if second else None),
             scales=scales,
             output=output,
             position=position,
@@ -497,99 +312,6 @@ class Sampler:
             status=status,
         )
 
-    def _apply(
-        self, kind: _Kind, row: _Row, tracks: list[Tensor], buffers: list[Tensor | None]
-    ) -> None:
-        """Call the model on the other track, [B, …], and update the kind's track in place."""
-        x, y, buffer = tracks[kind.track], tracks[1 - kind.track], buffers[kind.track]
-        outputs = self._evaluate(kind, row, y)
-        if kind.starts:
-            x.zero_()
-            if buffer is not None:
-                buffer.zero_()
-        pieces = list(enumerate(outputs))
-        for k, (m1, m2) in reversed(pieces) if kind.inverse else pieces:
-            options: dict[str, Any] = {"status": row.status, "impl": self.impl}
-            if self.frac_bits is None:
-                affine = ops.affine_inverse_ if kind.inverse else ops.affine_update_
-                affine(x, y, row.coef[k], m1, m2, **options)
-                continue
-            options["frac_bits"] = self.frac_bits
-            # only the first operator call scales
-            if buffer is None or not kind.scaled or k > 0:
-                plain = ops.lattice_inverse_ if kind.inverse else ops.lattice_update_
-                plain(x, y, row.coef[k], m1, m2, **options)
-            else:
-                scaled = ops.lattice_scaled_inverse_ if kind.inverse else ops.lattice_scaled_update_
-                scaled(x, buffer, y, row.coef[k], row.ratio, m1, m2, **options)
-
-    def _evaluate(self, kind: _Kind, row: _Row, y: Tensor) -> list[Pair]:
-        """The raw model outputs of the stages on track y; one pair of nothing where there is no
-        call."""
-        if not kind.calls:
-            return [(None, None)]
-        outputs = [self._call(self._first_point(kind, row, y), row.timestep[0])]
-        if not kind.sources:
-            return outputs
-        base = self._real(row, y)
-        index = len(kind.sources) + 1
-        for k, sources in enumerate(kind.sources, start=1):
-            # a compiled model may give its next output the memory of this one
-            m1, m2 = outputs[-1]
-            outputs[-1] = (m1 if m1 is None else m1.clone(), m2 if m2 is None else m2.clone())
-            point = base
-            for source in sources:
-                point = ops.affine_update(
-                    point, base, row.coef[index], *outputs[source], impl=self.impl
-                )
-                index += 1
-            sample = torch.cat([point.to(self.model_dtype)] * self._copies)
-            outputs.append(self._call(sample, row.timestep[k]))
-        return outputs
-
-    def _real(self, row: _Row, y: Tensor) -> Tensor:
-        """Track y, [B, …], in the precision in which points are computed: float64 for float64
-        states, else float32."""
-        if self.frac_bits is None:
-            return y if self._wide else y.to(torch.float32)
-        return ops.lattice_decode(
-            y, row.scale[1], torch.float32, frac_bits=self.frac_bits, impl=self.impl
-        )
-
-    def _first_point(self, kind: _Kind, row: _Row, y: Tensor) -> Tensor:
-        """What the model sees first, [G·B, …]: the scaled track y, rounded to its dtype."""
-        if self.frac_bits is None:
-            # a 0-d scale would not lift float32 to float64
-            sample = (y if kind.unit else y * row.scale[:1]).to(self.model_dtype)
-            return torch.cat([sample] * self._copies)
-        return ops.lattice_decode(
-            y,
-            row.scale[0],
-            self.model_dtype,
-            frac_bits=self.frac_bits,
-            copies=self._copies,
-            impl=self.impl,
-        )
-
-    def _call(self, sample: Tensor, timestep: Tensor) -> Pair:
-        """The raw model outputs at a point, [G·B, …], each [B, …]: (output, None) or
-        (unconditional, conditional)."""
-        output = self.model(sample, timestep.expand(len(sample)))
-        if not isinstance(output, Tensor):
-            raise TypeError(f"model must return a tensor, got {type(output).__name__}")
-        if output.shape != sample.shape:
-            raise ValueError(
-                f"model must return a tensor of shape {tuple(sample.shape)}, "
-                f"got {tuple(output.shape)}"
-            )
-        allowed = [d for d in _FLOAT_STATES.values() if d != torch.float64 or self._wide]
-        if output.dtype not in allowed:
-            raise TypeError(f"model must return one of {allowed}, got {output.dtype}")
-        if self._copies == 1:
-            return output, None
-        unconditional, conditional = output.tensor_split(2)
-        return unconditional, conditional
-
     def _describe(self, index: int) -> str:
         update = self.program.updates[index]
         where = "" if update.node is None else f" (timestep {update.timestep:g})"
@@ -597,16 +319,3 @@ class Sampler:
             f"update {index} of {len(self.program.updates)}{where} of {self.program.name}, "
             f"amplification {self.program.amplification:.3g}"
         )
-
-
-@contextlib.contextmanager
-def _reproducible() -> Iterator[None]:
-    """cuDNN's deterministic algorithms, chosen without benchmarking, while a program runs."""
-    cudnn = torch.backends.cudnn
-    # not cudnn.flags(): it would also reset the settings that it is not given, TF32 among them
-    before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark, cudnn.deterministic = False, True
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before

@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -995,3 +996,91 @@ def test_an_update_that_starts_a_track_forgets_its_buffer():
     end = Sampler(Network(), program).run(state)
     assert torch.equal(end.tracks[0], 2 * track)
     assert torch.equal(end.buffers[0], torch.zeros(3, 4, dtype=torch.int64))
+
+
+# --- Compiled ---------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_is_exact_and_compiled_once_for_both_directions():
+    class Denoiser(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, sample, timestep):
+            return torch.tanh(self.layer(sample)) * torch.cos(timestep[:, None, None, None] / 300)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, z = Denoiser(), torch.randn(SHAPE)
+    program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 5), direction="invert")
+    there = Sampler(model, program, guidance_scale=3.0, compile=True)
+    back = Sampler(model, program.inverse(), guidance_scale=3.0, compile=True)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    assert back.run(there.run(z)).equal(there.start(z))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compile_is_checked():
+    program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 3))
+    with pytest.raises(ValueError, match="compile must be False, True or 'graph', got 'blocks'"):
+        Sampler(lambda sample, timestep: sample, program, compile="blocks")
+    sampler = Sampler(lambda sample, timestep: sample, program, compile="graph")
+    with pytest.raises(ValueError, match="compile='graph' captures CUDA graphs and needs a GPU"):
+        sampler.run(torch.randn(SHAPE))
+
+
+def test_the_settings_of_a_run_are_shared_by_threads_and_restored():
+    import torch._inductor.config as inductor
+
+    cudnn = torch.backends.cudnn
+    before = (cudnn.benchmark, cudnn.deterministic, inductor.deterministic)
+    cudnn.benchmark = True
+    entered, leave, seen = threading.Event(), threading.Event(), []
+
+    def waiting(sample, timestep):
+        entered.set()
+        leave.wait()
+        seen.append((cudnn.benchmark, cudnn.deterministic, inductor.deterministic))
+        return sample
+
+    program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 1))
+    thread = threading.Thread(target=Sampler(waiting, program).run, args=(torch.randn(SHAPE),))
+    try:
+        thread.start()
+        entered.wait()
+        # a run that begins and ends meanwhile must not restore what the other one needs
+        Sampler(lambda sample, timestep: sample, program).run(torch.randn(SHAPE))
+        leave.set()
+        thread.join()
+        assert seen == [(False, True, True)]
+        assert (cudnn.benchmark, cudnn.deterministic, inductor.deterministic) == (
+            True,
+            *before[1:],
+        )
+    finally:
+        leave.set()
+        cudnn.benchmark = before[0]
+
+
+def test_running_out_of_memory_leaves_the_callers_tensors_alone():
+    calls = []
+
+    def failing(sample, timestep):
+        calls.append(timestep)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("simulated")
+        return torch.tanh(sample)
+
+    program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 5), direction="invert")
+    sampler, z = Sampler(failing, program), torch.randn(SHAPE)
+    start = sampler.start(z)
+    before, kept = z.clone(), start.clone()
+    for initial in (z, start):
+        calls.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            sampler.run(initial)
+    assert torch.equal(z, before)
+    assert start.equal(kept)
+    sampler.run(start)

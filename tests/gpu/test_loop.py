@@ -1,0 +1,180 @@
+"""The compiled loop: CUDA graphs give the bits of the eager loop, also in another process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from inpo_fast import NoiseSchedule, Sampler, State, bdia, edict, obelm
+from inpo_fast.schedule import scaled_linear_alphas_cumprod
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+ROOT = Path(__file__).resolve().parents[2]
+SOLVERS = {
+    "bdia": bdia,
+    "bdia(15/16)": lambda schedule, **k: bdia(schedule, gamma=15 / 16, **k),
+    "edict": edict,
+    "obelm": obelm,
+}
+
+
+class Denoiser(torch.nn.Module):
+    """A small network with a normalisation, whose sums Inductor is free to order."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(4, 64, 3, padding=1)
+        self.norm = torch.nn.GroupNorm(8, 64)
+        self.last = torch.nn.Conv2d(64, 4, 3, padding=1)
+
+    def forward(self, sample, timestep):
+        hidden = self.norm(self.first(sample)) * torch.cos(timestep[:, None, None, None] / 300)
+        return self.last(torch.nn.functional.silu(hidden).to(sample.dtype)).to(sample.dtype)
+
+
+def denoiser(dtype):
+    torch.manual_seed(0)
+    return Denoiser().to("cuda", dtype)
+
+
+def schedule(steps=10):
+    return NoiseSchedule.from_alphas_cumprod(scaled_linear_alphas_cumprod(), steps)
+
+
+def latents(batch=2):
+    return torch.randn(batch, 4, 32, 32, generator=torch.Generator().manual_seed(1)).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("compile", [True, "graph"])
+def test_round_trips_are_exact(name, dtype, compile):
+    model, z = denoiser(dtype), latents()
+    program = SOLVERS[name](schedule(), direction="invert")
+    options = {"model_dtype": dtype, "guidance_scale": 3.0, "compile": compile}
+    there = Sampler(model, program, **options)
+    back = Sampler(model, program.inverse(), **options)
+    noise = there.run(z)
+    again = back.run(noise)
+    assert again.equal(there.start(z))
+    # replays of captured graphs, in both directions
+    assert there.run(z).equal(noise)
+    assert back.run(noise).equal(again)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("state", ["lattice", "float32"])
+def test_graphs_give_the_bits_of_the_eager_loop(name, state):
+    model, z = denoiser(torch.bfloat16), latents()
+    program = SOLVERS[name](schedule(), direction="invert")
+    for guidance in (1.0, 3.0, [1.5, 7.5]):
+        options = {"model_dtype": torch.bfloat16, "guidance_scale": guidance, "state": state}
+        eager = Sampler(model, program, **options).run(z)
+        graph = Sampler(model, program, compile="graph", **options).run(z)
+        assert graph.equal(eager)
+
+
+def test_a_run_continues_from_its_middle():
+    model, z, middle = denoiser(torch.float16), latents(), []
+    program = edict(schedule(), direction="invert")
+    sampler = Sampler(model, program, model_dtype=torch.float16, compile="graph")
+
+    def keep(index, update, state):
+        if index == 11:
+            middle.append(state.clone())
+
+    whole = sampler.run(z, callback=keep)
+    assert sampler.run(middle[0]).equal(whole)
+
+
+def test_nothing_in_the_loop_waits_for_the_device():
+    model, z = denoiser(torch.bfloat16), latents()
+    program = bdia(schedule(), direction="invert")
+    for compile in (False, "graph"):
+        sampler = Sampler(model, program, model_dtype=torch.bfloat16, compile=compile)
+        sampler.run(z)
+        last = len(program.updates) - 1
+
+        def strict(index, update, state, last=last):
+            torch.cuda.set_sync_debug_mode("default" if index == last else "error")
+
+        try:
+            sampler.run(z, callback=strict)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_shape_is_refused():
+    sampler = Sampler(denoiser(torch.float32), bdia(schedule()), compile="graph")
+    sampler.run(latents(2))
+    with pytest.raises(ValueError, match=r"bound to its first batch, \(2, 4, 32, 32\)"):
+        sampler.run(latents(3))
+    sampler.run(latents(2))
+
+
+def test_running_out_of_memory_leaves_everything_usable():
+    model, z = denoiser(torch.float32), latents()
+    fail = [True]
+
+    def failing(sample, timestep):
+        if fail[0]:
+            torch.empty(2**60, dtype=torch.uint8, device="cuda")
+        return model(sample, timestep)
+
+    before = z.clone()
+    for compile in (False, "graph"):
+        sampler = Sampler(failing, bdia(schedule()), compile=compile)
+        fail[0] = True
+        with pytest.raises(torch.OutOfMemoryError):
+            sampler.run(z)
+        assert torch.equal(z, before)
+        fail[0] = False
+        assert sampler.run(z).equal(Sampler(model, bdia(schedule())).run(z))
+
+
+def test_one_graph_for_each_kind_of_update():
+    sampler = Sampler(denoiser(torch.float32), bdia(schedule(20)), compile="graph")
+    sampler.run(latents())
+    # the DDIM start, and the two tracks in turn
+    assert len(sampler._graphs._graphs) == 3
+
+
+def test_another_process_decodes_to_the_same_bits(tmp_path):
+    """Each process compiles for itself: with caches of its own, nothing is handed over but bits."""
+    program = """
+import json, sys, torch
+from tests.gpu.test_loop import denoiser, latents, schedule
+from inpo_fast import Sampler, State, bdia
+path, direction = sys.argv[1:]
+model = denoiser(torch.bfloat16)
+program = bdia(schedule(), direction="invert")
+options = dict(model_dtype=torch.bfloat16, guidance_scale=3.0, compile=True)
+if direction == "there":
+    Sampler(model, program, **options).run(latents()).save(path)
+else:
+    sampler = Sampler(model, program.inverse(), **options)
+    state = sampler.run(State.load(path, device="cuda"))
+    start = Sampler(model, program, **options).start(latents())
+    print(json.dumps(state.equal(start)))
+"""
+    for direction in ("there", "back"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "noise.safetensors"), direction],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / direction),
+                "TRITON_CACHE_DIR": str(tmp_path / f"{direction}-triton"),
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])
+    assert State.load(tmp_path / "noise.safetensors").frac_bits == 20
