@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators: native against eager torch, against torch.compile of the reference, and a copy.
+"""The operators: each backend against eager torch, torch.compile of the reference, and a copy.
 
 Eager torch and the compiled reference do the same arithmetic (float64 inside), so all three must
 agree, and are checked, before anything is timed. ``eager_float32`` is what one would write without
@@ -8,10 +8,16 @@ a thought for the bits; it rounds at every operation and is shown for comparison
 The ratio ``copy`` is the share of the bandwidth of a copy that the operator reaches: bytes that it
 must move over its time, by the same of a float32 copy of that many elements, into old memory for
 an operator in place and into new memory for one that returns its result.
+
+On a GPU, calls at 2^14 go through the public functions and are measured from the host, which never
+waits for the device between them: what a call costs a Python loop. The rival there is what
+diffusers does, guidance and DDIMScheduler.step. The preference loss is judged at 64 pairs of SDXL
+latents, in bfloat16 with a float32 target, forward and backward.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +25,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, interleaved, keep_freed_memory, median_us, speedup
-from inpo_fast import ops
+from benchmarks.common import Row, captured, interleaved, keep_freed_memory, median_us, speedup
+from inpo_fast import dpo_loss, ops
 from inpo_fast.lattice import ratio_row
+from inpo_fast.ops.native import NATIVE_DEVICES
 from inpo_fast.ops.registration import REFERENCE
 
-SIZES = {"2^14": (1, 4, 64, 64), "2^24": (4, 4, 1024, 1024)}
+SMALL = (1, 4, 64, 64)  # 2^14, a latent
+LARGE = {"cpu": (4, 4, 1024, 1024), "cuda": (4, 4, 4096, 4096)}  # 2^24 and 2^28
+PAIRS = (128, 4, 128, 128)  # 64 pairs of SDXL latents
 
-EAGER_TARGET = 3.0  # at 2^14
-COMPILED_TARGET = 1.0  # at 2^24
-COPY_TARGET = 0.8  # at 2^24, for the float32 update
+EAGER_TARGET = 3.0  # at 2^14, on the CPU
+COMPILED_TARGET = 1.0  # of a large operator
+COPY_TARGET = {"cpu": 0.8, "cuda": 0.97}  # of an update at the large size
+CALL_TARGET_US = {"native": 8.0, "triton": 25.0}  # of a call at 2^14 on a GPU
+PREFERENCE_TARGET = {"eager": 5.0, "compiled": 1.2}
 
 
 @dataclass
@@ -121,47 +132,189 @@ def agree(case: Case, functions: dict[str, Callable[..., object]]) -> None:
                 raise AssertionError(f"{case.name} ({case.label}): {name} differs from eager")
 
 
-def rows(device: str, quick: bool) -> Iterator[Row]:
-    """Yield a row for each size and operator."""
-    available, reason = ops.backends()["native"]
-    if not available:
-        raise SystemExit(f"benchmarks: nothing to measure: {reason}")
-    keep_freed_memory()
-    namespace = torch.ops.inpo_fast
-    for size, shape in SIZES.items():
-        large = size == "2^24"
-        rounds = 3 if quick else 9 if large else 21
-        new = torch.randn(shape, device=device)
-        copy_into_old = partial(torch.empty_like(new).copy_, new)
-        for case in cases(shape, device):
-            # Each case is compiled by itself, for its shapes: the best that the compiler can do.
-            torch._dynamo.reset()
-            reference = REFERENCE[case.name]
-            functions = {
-                "ours": getattr(namespace, case.name).default,
-                "eager": reference,
-                "compiled": torch.compile(reference, fullgraph=True, dynamic=False),
-            }
-            agree(case, functions)
-            in_place = case.name.endswith("_")
-            contenders = {
-                n: partial(function, *case.arguments) for n, function in functions.items()
-            }
-            contenders["copy"] = copy_into_old if in_place else new.clone
-            if case.plain is not None:
-                contenders["eager_float32"] = case.plain
-            times = interleaved(contenders, device=device, rounds=rounds)
-            ratios = {name: speedup(times, name) for name in contenders if name != "ours"}
+def backends(device: str) -> dict[str, Callable[[str], Callable[..., object]]]:
+    """Return the backends to measure, as functions from an operator's name to its kernel."""
+    kernels: dict[str, Callable[[str], Callable[..., object]]] = {}
+    if device in NATIVE_DEVICES:
+        kernels["native"] = lambda name: getattr(torch.ops.inpo_fast, name).default
+    if device == "cuda" and ops.backends()["triton"].available:
+        kernels["triton"] = partial(getattr, importlib.import_module("inpo_fast.ops.triton"))
+    if not kernels:
+        raise SystemExit(f"benchmarks: nothing to measure: {ops.backends()}")
+    return kernels
+
+
+def operator_rows(device: str, quick: bool, shape: tuple[int, ...], large: bool) -> Iterator[Row]:
+    """Yield a row for each operator and backend at one size."""
+    rounds = 3 if quick else 9 if large else 21
+    kernels = backends(device)
+    new = torch.randn(shape, device=device)
+    copy_into_old = partial(torch.empty_like(new).copy_, new)
+    size = f"2^{new.numel().bit_length() - 1}"
+    for case in cases(shape, device):
+        # Each case is compiled by itself, for its shapes: the best that the compiler can do.
+        torch._dynamo.reset()
+        reference = REFERENCE[case.name]
+        functions = {
+            **{backend: kernel(case.name) for backend, kernel in kernels.items()},
+            "eager": reference,
+            "compiled": torch.compile(reference, fullgraph=True, dynamic=False),
+        }
+        agree(case, functions)
+        contenders = {n: partial(function, *case.arguments) for n, function in functions.items()}
+        contenders["copy"] = copy_into_old if case.name.endswith("_") else new.clone
+        if case.plain is not None:
+            contenders["eager_float32"] = case.plain
+        times = interleaved(contenders, device=device, rounds=rounds)
+        for backend in kernels:
+            rivals = [name for name in contenders if name not in kernels]
+            ratios = {name: speedup(times, name, backend) for name in rivals}
             ratios["copy"] *= case.bytes_per_element / 8
-            target = {"compiled": COMPILED_TARGET} if large else {"eager": EAGER_TARGET}
-            if large and case.copy_target:
-                target["copy"] = COPY_TARGET
+            target = {}
+            if large:
+                target["compiled"] = COMPILED_TARGET
+                if case.copy_target or (device == "cuda" and "affine" in case.name):
+                    target["copy"] = COPY_TARGET[device]
+                if device == "cuda" and "lattice_" in case.name and "code" not in case.name:
+                    target["copy"] = COPY_TARGET[device]
+            elif device == "cpu":
+                target["eager"] = EAGER_TARGET
             yield Row(
-                case=f"{case.name} ({case.label}) {size}",
+                case=f"{backend} {case.name} ({case.label}) {size}",
                 metric="time of a call",
                 unit="us",
-                ours=median_us(times["ours"]),
-                rivals={n: median_us(t) for n, t in times.items() if n != "ours"},
+                ours=median_us(times[backend]),
+                rivals={n: median_us(t) for n, t in times.items() if n not in kernels},
                 ratios=ratios,
                 target=target,
+            )
+
+
+def rows(device: str, quick: bool) -> Iterator[Row]:
+    """Yield a row for each size and operator."""
+    if device == "cpu":
+        keep_freed_memory()
+        yield from operator_rows(device, quick, SMALL, large=False)
+    else:
+        yield from call_rows(device, quick)
+        yield from preference_rows(device, quick)
+    yield from operator_rows(device, quick, LARGE[device], large=True)
+
+
+# --- On a GPU only ------------------------------------------------------------------------------
+
+
+def call_rows(device: str, quick: bool) -> Iterator[Row]:
+    """Yield what one call costs a Python loop at latent size: nothing in it waits for the GPU."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    scheduler.set_timesteps(50, device=device)
+    sample = torch.randn(SMALL, device=device)
+    both = torch.randn(2, *SMALL[1:], device=device, dtype=torch.bfloat16)
+    m1, m2 = both.chunk(2)
+    t = scheduler.timesteps[10]
+
+    def diffusers_step() -> Tensor:
+        unconditional, conditional = both.chunk(2)
+        guided = unconditional + 7.5 * (conditional - unconditional)
+        return scheduler.step(guided, t, sample).prev_sample
+
+    z, y = (torch.randint(-(2**20), 2**20, SMALL, device=device, dtype=torch.int32) for _ in "zy")
+    coef = torch.tensor([1.0, 0.05, -0.05, 0.02], device=device)
+    status = torch.zeros(1, dtype=torch.int32, device=device)
+    zero = torch.zeros(4, device=device)
+    calls: dict[str, Callable[[], object]] = {}
+    for impl in backends(device):
+        lattice = partial(ops.lattice_update_, frac_bits=20, status=status, impl=impl)
+        assert torch.equal(
+            lattice(z.clone(), y, coef, m1, m2),
+            REFERENCE["lattice_update"](z, y, m1, m2, coef, 20, status),
+        )
+        # Increments of zero keep the track where it is.
+        calls[impl] = partial(lattice, z, y, zero, m1, m2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for call in calls.values():
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    contenders = {**calls, "diffusers": diffusers_step}
+    times = interleaved(contenders, device=device, rounds=5 if quick else 31, seconds=0.005)
+    for impl in calls:
+        ours = median_us(times[impl])
+        yield Row(
+            case=f"{impl} lattice_update_ (2 x bfloat16) 2^14, public call",
+            metric="host time of a call, no synchronisation",
+            unit="us",
+            ours=ours,
+            rivals={"diffusers": median_us(times["diffusers"])},
+            ratios={
+                "diffusers": speedup(times, "diffusers", impl),
+                "allowed": CALL_TARGET_US[impl] / ours,
+            },
+            target={"allowed": 1.0},
+        )
+
+
+def plain_loss(theta: Tensor, ref: Tensor, target: Tensor) -> Tensor:
+    """The loss of Diffusion-DPO and InPO as their scripts write it, in float32."""
+    dims = list(range(1, theta.dim()))
+    e_theta = (theta.float() - target).pow(2).mean(dims)
+    e_ref = (ref.float() - target).pow(2).mean(dims)
+    winner, loser = (e_theta - e_ref).chunk(2)
+    return -torch.nn.functional.logsigmoid(-0.5 * 2000 * (winner - loser)).mean()
+
+
+def preference_rows(device: str, quick: bool) -> Iterator[Row]:
+    """Yield the preference loss, forward and backward, at 64 pairs of SDXL latents."""
+    rng = torch.Generator(device).manual_seed(0)
+    target = torch.randn(PAIRS, generator=rng, device=device)
+    theta, ref = (
+        (target + 0.1 * torch.randn(PAIRS, generator=rng, device=device)).bfloat16()
+        for _ in range(2)
+    )
+    theta.requires_grad_(True)
+
+    def fused(impl: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda theta, ref, target: dpo_loss(theta, ref, target, beta=2000, impl=impl).loss
+
+    def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
+        return lambda: torch.autograd.grad(loss(theta, ref, target), theta)[0]
+
+    torch._dynamo.reset()
+    compile_ = partial(torch.compile, fullgraph=True, dynamic=False)
+    functions = {impl: step(compile_(fused(impl))) for impl in backends(device)}
+    functions |= {f"{impl}, eager": step(fused(impl)) for impl in backends(device)}
+    functions |= {"eager": step(plain_loss), "compiled": step(compile_(plain_loss))}
+    exact = torch.autograd.grad(plain_loss(theta.double(), ref.double(), target.double()), theta)[
+        0
+    ].double()
+    for name, function in functions.items():
+        error = (function().double() - exact).norm() / exact.norm()
+        # One rounding to bfloat16 is 2^-9 at most; the scripts' own arithmetic stays below too.
+        assert error < 2**-8, f"{name} is wrong by {error:.1e}"
+    # Read theta, ref and target twice, write the gradient: bytes of one element.
+    least = theta.numel() * (2 * (2 + 2 + 4) + 2)
+    new = torch.randn(2**28, device=device)
+    for kind, contenders in (
+        ("GPU time", {name: captured(function) for name, function in functions.items()}),
+        ("wall clock", functions),
+    ):
+        timed = {**contenders, "copy": new.clone}
+        times = interleaved(timed, device=device, rounds=5 if quick else 15)
+        bandwidth = 2 * new.numel() * new.element_size() / median_us(times["copy"])
+        for impl in functions:
+            if impl in ("eager", "compiled"):
+                continue
+            ratios = {name: speedup(times, name, impl) for name in ("eager", "compiled")}
+            ratios["copy"] = least / median_us(times[impl]) / bandwidth
+            yield Row(
+                case=f"{impl} dpo_loss, 64 pairs of 4x128x128, forward and backward, {kind}",
+                metric=kind,
+                unit="us",
+                ours=median_us(times[impl]),
+                rivals={name: median_us(times[name]) for name in ("eager", "compiled")},
+                ratios=ratios,
+                target=PREFERENCE_TARGET if impl in backends(device) else {},
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-BENCHMARKS = ("ops",)
+BENCHMARKS = ("ops", "loop")
 
 
 def line(row: common.Row) -> str:
@@ -25,7 +25,7 @@ def line(row: common.Row) -> str:
         parts.append(f"{name} {value:6.2f}" + (f" < {row.target[name]:g}" if missed else ""))
     ratios = "  ".join(parts)
     mark = {True: "met ", False: "MISS", None: "    "}[row.met]
-    return f"{mark} {row.case:44} {row.ours:12.1f} {row.unit}  {ratios}"
+    return f"{mark} {row.case:44} {row.ours:12.4g} {row.unit}  {ratios}"
 
 
 def main() -> None:
@@ -41,11 +41,13 @@ def main() -> None:
     for row in module.rows(options.device, options.quick):
         print(line(row), flush=True)
         rows.append(row)
+        if options.json is not None:
+            # After each row: a run that is cut short keeps what it has.
+            common.write(options.json, options.device, rows)
     missed = [row.case for row in rows if row.met is False]
     judged = sum(row.met is not None for row in rows)
     print(f"{judged - len(missed)} of {judged} targets met on {common.machine(options.device)}")
     if options.json is not None:
-        common.write(options.json, options.device, rows)
         print(f"written to {options.json}", file=sys.stderr)
 
 
