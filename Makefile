@@ -19,7 +19,7 @@ KEY := $(shell { $(PYTHON) --version; pwd; echo "$(INPO_FAST_NATIVE)"; command -
 	| cksum | cut -d' ' -f1)
 DEMO := $(VENV)/.demo-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
-CXX_SOURCES := $(wildcard csrc/*.*)
+CXX_SOURCES := $(wildcard csrc/*.* csrc/cuda/*.*)
 
 HAS_HEADERS := import os, sys, sysconfig; \
 	sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))

@@ -19,7 +19,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ["bindings.cpp", "common.cpp", "preference.cpp", "reversible.cpp"]
-CUDA_SOURCES = ["preference.cu", "reversible.cu"]
+CUDA_SOURCES = ["cuda/preference.cu", "cuda/reversible.cu"]
 
 # Kernels use the part of torch's C++ API that is stable from this version on: 2.11.
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -35,7 +35,7 @@ class SourceArchive(sdist):
     """An sdist with csrc, also where no extension, and so none of its sources, is declared."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        sources = (str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*")))
+        sources = (str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*")))
         super().make_release_tree(base_dir, sorted({*files, *sources}))
 
 
@@ -86,7 +86,7 @@ def native() -> dict[str, Any]:
                 self.extensions = []
 
     numbers = [name.replace(".", "") for name in cuda_architectures()]
-    macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *["-DUSE_CUDA"] * bool(numbers)]
+    macros = [f"-DINPO_FAST_TORCH_TARGET={TORCH_TARGET_VERSION}", *["-DUSE_CUDA"] * bool(numbers)]
     # Machine code for each, and for later GPUs what the driver can compile of the last.
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     targets += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in numbers[-1:]]
@@ -96,7 +96,7 @@ def native() -> dict[str, Any]:
         "inpo_fast._C",
         [f"csrc/{source}" for source in [*SOURCES, *CUDA_SOURCES * bool(numbers)]],
         include_dirs=[str(ROOT / "csrc")],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*"))],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))],
         extra_compile_args={
             "cxx": [
                 *FLAGS,

@@ -33,7 +33,7 @@ std::string compiler() {
 
 // 0x020b000000000000 is 2.11.0.
 std::string target_version() {
-  const unsigned long long version = TORCH_TARGET_VERSION;
+  const unsigned long long version = INPO_FAST_TORCH_TARGET;
   return std::to_string(version >> 56) + "." + std::to_string(version >> 48 & 0xff) + "." +
          std::to_string(version >> 40 & 0xff);
 }

@@ -3,8 +3,12 @@
 // the device that runs the kernel.
 #pragma once
 
+// First: it says which torch the headers are to be compatible with.
+#include "kernels.h"
+// Then torch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -18,8 +22,6 @@
 #ifdef USE_CUDA
 #include <cuda_runtime.h>
 #endif
-
-#include "kernels.h"
 
 namespace inpo_fast {
 
@@ -145,7 +147,7 @@ inline Tensor empty_strided(const Tensor& x, const int64_t* sizes, const int64_t
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, sizes, strides, to<int32_t>(from(dtype)),
       x.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
       x.get_device_index(), &handle));

@@ -2,6 +2,10 @@
 // What kernels are given, on every device. Nothing here knows a tensor.
 #pragma once
 
+// The oldest torch to run with. Defined here and not for the whole build, because torch's own copy
+// of pybind11 refuses to be included beside it.
+#define TORCH_TARGET_VERSION INPO_FAST_TORCH_TARGET
+
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
