@@ -5,6 +5,13 @@
 namespace inpo_fast {
 namespace INPO_TARGET {
 
+// As wide as what it is found beside in a vector register of a CPU.
+#ifdef __CUDACC__
+using Flag = int32_t;
+#else
+using Flag = int64_t;
+#endif
+
 constexpr double kLargest = 0x1.fffffffffffffp1023;
 
 template <class To, class From>
@@ -15,15 +22,33 @@ INPO_INLINE To bits_as(From from) {
   return to;
 }
 
-// A double of the size of kRounder has no bits below 1, so the addition rounds, half to even.
-// Beyond 2^51 more is rounded away, but such a value is far outside the lattice and stays so.
-INPO_INLINE double round_to_even(double value) {
-  constexpr double kRounder = 0x1.8p52;
-  return (value + kRounder) - kRounder;
+// Conversions of integers below 2^51. A GPU has few units for them: there it is the bits of a
+// double of the size of kRounder that are the integer.
+constexpr double kRounder = 0x1.8p52;
+
+INPO_INLINE double from_int32(int32_t x) {
+#ifdef __CUDA_ARCH__
+  const uint64_t low = static_cast<uint32_t>(x) ^ 0x80000000u;
+  return bits_as<double>(low | uint64_t{0x4330000000000000}) - (0x1p52 + 0x1p31);
+#else
+  return static_cast<double>(x);
+#endif
 }
 
+INPO_INLINE int32_t to_int32(double x) {
+#ifdef __CUDA_ARCH__
+  return static_cast<int32_t>(bits_as<uint64_t>(x + kRounder));
+#else
+  return static_cast<int32_t>(x);
+#endif
+}
+
+// A double of the size of kRounder has no bits below 1, so the addition rounds, half to even.
+// Beyond 2^51 more is rounded away, but such a value is far outside the lattice and stays so.
+INPO_INLINE double round_to_even(double value) { return (value + kRounder) - kRounder; }
+
 // rint(value * unit), half to even; 0 if the value is not finite.
-INPO_INLINE double quantize(double value, double unit, int64_t& nonfinite) {
+INPO_INLINE double quantize(double value, double unit, Flag& nonfinite) {
   const bool finite = value >= -kLargest && value <= kLargest;
   nonfinite |= finite ? 0 : 1;
   double scaled = value * unit;
@@ -38,13 +63,20 @@ INPO_INLINE double clamp(double value, double low, double high) {
 }
 
 // The value in int32, saturated.
-INPO_INLINE int32_t saturate(double value, int64_t& out_of_range) {
+INPO_INLINE int32_t saturate(double value, Flag& out_of_range) {
+#ifdef __CUDA_ARCH__
+  const int32_t low = to_int32(value);
+  const bool inside = from_int32(low) == value;
+  out_of_range |= inside ? 0 : 1;
+  return inside ? low : value < 0.0 ? INT32_MIN : INT32_MAX;
+#else
   const double inside = clamp(value, -2147483648.0, 2147483647.0);
   out_of_range |= inside == value ? 0 : 1;
-  return static_cast<int32_t>(inside);
+  return to_int32(inside);
+#endif
 }
 
-INPO_INLINE int32_t status_bits(int64_t out_of_range, int64_t nonfinite) {
+INPO_INLINE int32_t status_bits(Flag out_of_range, Flag nonfinite) {
   return (out_of_range != 0 ? kStatusRange : 0) | (nonfinite != 0 ? kStatusNonfinite : 0);
 }
 

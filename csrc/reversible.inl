@@ -66,9 +66,9 @@ int32_t affine(const AffineArguments& arguments, int64_t begin, int64_t end) {
 template <int kOutputs>
 inline void quantize_tile(const Coefficients& row, const LatticeUnit& unit,
                           const int32_t* __restrict y, const float* __restrict m1,
-                          const float* __restrict m2, int64_t n, int64_t& nonfinite,
+                          const float* __restrict m2, int64_t n, Flag& nonfinite,
                           double* __restrict q) {
-  int64_t bad = 0;
+  Flag bad = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float value = static_cast<float>(y[i]) * unit.resolution;
     q[i] = quantize(increment<kOutputs>(row, value, m1, m2, i), unit.inverse, bad);
@@ -77,7 +77,7 @@ inline void quantize_tile(const Coefficients& row, const LatticeUnit& unit,
 }
 
 // The quantized increments of a tile, [n], in q.
-inline void increment_tile(const LatticeArguments& arguments, const Tile& tile, int64_t& nonfinite,
+inline void increment_tile(const LatticeArguments& arguments, const Tile& tile, Flag& nonfinite,
                            double* q) {
   alignas(64) float scratch[2][kTile];
   const Coefficients row(arguments.coef, tile.row);
@@ -95,13 +95,13 @@ inline void increment_tile(const LatticeArguments& arguments, const Tile& tile, 
 }
 
 template <bool kInverse>
-inline void add_tile(const int32_t* z, const double* __restrict q, int64_t n, int64_t& out_of_range,
+inline void add_tile(const int32_t* z, const double* __restrict q, int64_t n, Flag& out_of_range,
                      int32_t* out) {
-  int64_t bad = 0;
+  Flag bad = 0;
   // In place, z is out.
   INPO_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    const double value = static_cast<double>(z[i]);
+    const double value = from_int32(z[i]);
     out[i] = saturate(kInverse ? value - q[i] : value + q[i], bad);
   }
   out_of_range |= bad;
@@ -110,7 +110,7 @@ inline void add_tile(const int32_t* z, const double* __restrict q, int64_t n, in
 template <bool kInverse>
 int32_t lattice(const LatticeArguments& arguments, int64_t begin, int64_t end) {
   alignas(64) double q[kTile];
-  int64_t out_of_range = 0, nonfinite = 0;
+  Flag out_of_range = 0, nonfinite = 0;
   for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
     increment_tile(arguments, tile, nonfinite, q);
     add_tile<kInverse>(arguments.z + tile.begin, q, tile.size, out_of_range,
@@ -122,15 +122,15 @@ int32_t lattice(const LatticeArguments& arguments, int64_t begin, int64_t end) {
 // One tile, scaled by n/d; kContract says that n <= d.
 template <bool kInverse, bool kContract>
 inline void scaled_tile(const Divisor& n, const Divisor& d, const int32_t* z, const int64_t* buffer,
-                        const double* q, int64_t size, int64_t& out_of_range, int32_t* out,
+                        const double* q, int64_t size, Flag& out_of_range, int32_t* out,
                         int64_t* buffer_out) {
-  int64_t bad = 0;
+  Flag bad = 0;
   // In place, z is out and buffer is buffer_out: element by element, so nothing is carried.
   INPO_INDEPENDENT
   for (int64_t i = 0; i < size; ++i) {
     uint64_t kept = static_cast<uint64_t>(buffer[i]);
     const double delta = clamp(q[i], -kIncrementBound, kIncrementBound);
-    double value = static_cast<double>(z[i]);
+    double value = from_int32(z[i]);
     if (kInverse) {
       const double whole = value - delta;
       value = clamp(whole, -kScaledBound, kScaledBound);
@@ -146,7 +146,7 @@ inline void scaled_tile(const Divisor& n, const Divisor& d, const int32_t* z, co
 template <bool kInverse>
 int32_t lattice_scaled(const LatticeArguments& arguments, int64_t begin, int64_t end) {
   alignas(64) double q[kTile];
-  int64_t out_of_range = 0, nonfinite = 0;
+  Flag out_of_range = 0, nonfinite = 0;
   for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
     increment_tile(arguments, tile, nonfinite, q);
     const int64_t* ratio = arguments.ratio + (arguments.ratio_by_sample ? 4 * tile.row : 0);
@@ -164,8 +164,8 @@ int32_t lattice_scaled(const LatticeArguments& arguments, int64_t begin, int64_t
 
 template <class T>
 inline void encode_tile(const T* __restrict x, double scale, double unit, int64_t n,
-                        int64_t& out_of_range, int64_t& nonfinite, int32_t* __restrict out) {
-  int64_t outside = 0, bad = 0;
+                        Flag& out_of_range, Flag& nonfinite, int32_t* __restrict out) {
+  Flag outside = 0, bad = 0;
   for (int64_t i = 0; i < n; ++i) {
     out[i] = saturate(quantize(static_cast<double>(x[i]) * scale, unit, bad), outside);
   }
@@ -176,7 +176,7 @@ inline void encode_tile(const T* __restrict x, double scale, double unit, int64_
 template <class T>
 int32_t encode_range(const EncodeArguments& arguments, int64_t begin, int64_t end) {
   alignas(64) T scratch[kTile];
-  int64_t out_of_range = 0, nonfinite = 0;
+  Flag out_of_range = 0, nonfinite = 0;
   for (Tile tile(begin, end, arguments.per_row); tile.valid(); tile.advance()) {
     const T* x = load_tile(arguments.x, tile.begin, tile.size, scratch);
     encode_tile(x, arguments.scale.at(tile.row, 0), arguments.unit.inverse, tile.size, out_of_range,

@@ -7,6 +7,8 @@ namespace cuda {
 namespace {
 
 constexpr int kErrorThreads = 1024;
+// Vectors that a thread loads before it computes.
+constexpr int kUnroll = 2;
 
 template <class T>
 using Residual = decltype(to_float(T{}));
@@ -132,53 +134,47 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) write_means(sums, arguments, results.sinks, sample);
 }
 
-template <class T, class M>
-struct Backward {
-  static constexpr int kLanes = kWidth<T>;
-  BackwardArguments arguments;
-
-  struct Row {
-    double a, b;
-  };
-
-  template <int N>
-  struct Operands {
-    Vector<T, N> theta, ref;
-    Vector<M, N> target;
-  };
-
-  __device__ Row row(int64_t r) const { return {arguments.a.at(r, 0), arguments.b.at(r, 0)}; }
-
-  template <int N>
-  __device__ __forceinline__ Operands<N> load(int64_t i) const {
-    Operands<N> o;
-    o.theta = cuda::load<N>(static_cast<const T*>(arguments.theta.data), i);
-    if (arguments.ref.data != nullptr) {
-      o.ref = cuda::load<N>(static_cast<const T*>(arguments.ref.data), i);
-    }
-    o.target = cuda::load<N>(static_cast<const M*>(arguments.target.data), i);
-    return o;
+// The backward reads what the forward has just read. It goes through every sample from its end, and
+// through all samples side by side, as that did from the beginning: so it meets first what the
+// cache still holds.
+template <class T, class M, bool kRef, int N>
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(const BackwardArguments arguments, int64_t rows) {
+  using R = Residual<T>;
+  const int64_t row = blockIdx.x % rows;
+  const int64_t piece = gridDim.x / rows - 1 - blockIdx.x / rows;
+  const double a = arguments.a.at(row, 0), b = arguments.b.at(row, 0);
+  const int64_t begin = row * arguments.per_sample;
+  const int64_t first = (piece * kUnroll * kThreads + threadIdx.x) * N;
+  Vector<T, N> theta[kUnroll], ref[kUnroll];
+  Vector<M, N> target[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t i = first + u * kThreads * N;
+    if (i + N > arguments.per_sample) continue;
+    theta[u] = load<N>(static_cast<const T*>(arguments.theta.data), begin + i);
+    if constexpr (kRef) ref[u] = load<N>(static_cast<const T*>(arguments.ref.data), begin + i);
+    target[u] = load<N>(static_cast<const M*>(arguments.target.data), begin + i);
   }
-
-  template <int N>
-  __device__ __forceinline__ int32_t store(const Row& row, const Operands<N>& o, int64_t i) const {
-    using R = Residual<T>;
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t i = first + u * kThreads * N;
+    if (i + N > arguments.per_sample) continue;
     Vector<T, N> out;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const R theta = to_float(o.theta.lane[k]);
-      const R from_target = theta - to_float(o.target.lane[k]);
-      double value = row.a * static_cast<double>(from_target);
-      if (arguments.ref.data != nullptr) {
-        const R from_ref = theta - to_float(o.ref.lane[k]);
-        value = value + row.b * static_cast<double>(from_ref);
+      const R wide = to_float(theta[u].lane[k]);
+      const R from_target = wide - to_float(target[u].lane[k]);
+      double value = a * static_cast<double>(from_target);
+      if constexpr (kRef) {
+        const R from_ref = wide - to_float(ref[u].lane[k]);
+        value = value + b * static_cast<double>(from_ref);
       }
       out.lane[k] = narrow<T>(value);
     }
-    cuda::store(static_cast<T*>(arguments.out.data), i, out);
-    return 0;
+    store(static_cast<T*>(arguments.out.data), begin + i, out);
   }
-};
+}
 
 // Calls f(T{}, M{}) with the types of theta and target: the same, or float beside 16 bits.
 template <class F>
@@ -225,12 +221,26 @@ int errors(const ErrorArguments& arguments, int64_t batch, const Sink (&results)
 }
 
 int backward(const BackwardArguments& arguments, int64_t numel, void* stream) {
-  const bool vectors = aligned(arguments.theta.data) && aligned(arguments.ref.data) &&
-                       aligned(arguments.target.data) && aligned(arguments.out.data);
+  if (numel == 0) return cudaSuccess;
+  const int64_t rows = numel / arguments.per_sample;
   return with_types(arguments.theta.dtype, arguments.target.dtype, [&](auto theta, auto target) {
-    return launch_elementwise(Backward<decltype(theta), decltype(target)>{arguments}, vectors,
-                              numel, arguments.per_sample, nullptr,
-                              static_cast<cudaStream_t>(stream));
+    using T = decltype(theta);
+    using M = decltype(target);
+    constexpr int N = kWidth<T> < 4 ? kWidth<T> : 4;
+    const bool vectors = arguments.per_sample % N == 0 && aligned(arguments.theta.data) &&
+                         aligned(arguments.ref.data) && aligned(arguments.target.data) &&
+                         aligned(arguments.out.data);
+    const auto kernel = [&] {
+      if (arguments.ref.data != nullptr) {
+        return vectors ? &backward_kernel<T, M, true, N> : &backward_kernel<T, M, true, 1>;
+      }
+      return vectors ? &backward_kernel<T, M, false, N> : &backward_kernel<T, M, false, 1>;
+    }();
+    const int64_t piece = int64_t{kUnroll} * kThreads * (vectors ? N : 1);
+    const int64_t blocks = rows * ((arguments.per_sample + piece - 1) / piece);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        arguments, rows);
+    return static_cast<int>(cudaGetLastError());
   });
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The reversible affine update on a GPU. The arithmetic is that of the CPU (arithmetic.inl).
 #define INPO_TARGET gpu
+#include <type_traits>
+
 #include "vector.cuh"
 // After it: the arithmetic is written in the terms of kernels.h.
 #include "arithmetic.inl"
@@ -10,35 +12,35 @@ namespace cuda {
 namespace {
 
 // The model outputs of a vector, and (b*y + c1*m1) + c2*m2.
-template <class M, int N>
+template <class M, int kOutputs, int N>
 struct Outputs {
-  Vector<M, N> m1, m2;
+  Vector<M, N> m[kOutputs > 0 ? kOutputs : 1];
 
-  __device__ __forceinline__ void load(const Source& first, const Source& second, int64_t i) {
-    if (first.data != nullptr) m1 = cuda::load<N>(static_cast<const M*>(first.data), i);
-    if (second.data != nullptr) m2 = cuda::load<N>(static_cast<const M*>(second.data), i);
+  __device__ __forceinline__ void load(const Source& m1, const Source& m2, int64_t i) {
+    if constexpr (kOutputs > 0) m[0] = cuda::load<N>(static_cast<const M*>(m1.data), i);
+    if constexpr (kOutputs > 1) m[1] = cuda::load<N>(static_cast<const M*>(m2.data), i);
   }
 
-  __device__ __forceinline__ double increment(const Source& first, const Source& second,
-                                              const Coefficients& row, double y, int k) const {
+  __device__ __forceinline__ double increment(const Coefficients& row, double y, int k) const {
     double total = row.b * y;
-    if (first.data != nullptr) total = total + row.c1 * to_double(m1.lane[k]);
-    if (second.data != nullptr) total = total + row.c2 * to_double(m2.lane[k]);
+    if constexpr (kOutputs > 0) total = total + row.c1 * to_double(m[0].lane[k]);
+    if constexpr (kOutputs > 1) total = total + row.c2 * to_double(m[1].lane[k]);
     return total;
   }
 };
 
 // --- Float states ---
 
-template <class T, class M, bool kInverse>
+template <class T, class M, bool kInverse, int kOutputs>
 struct Affine {
   static constexpr int kLanes = kWidth<T>;
+  static constexpr int kUnroll = sizeof(T) == 2 ? 1 : 2;
   AffineArguments arguments;
 
   template <int N>
   struct Operands {
     Vector<T, N> x, y;
-    Outputs<M, N> outputs;
+    Outputs<M, kOutputs, N> outputs;
   };
 
   __device__ Coefficients row(int64_t r) const { return Coefficients(arguments.coef, r); }
@@ -59,11 +61,10 @@ struct Affine {
     bool finite = true;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const double delta =
-          o.outputs.increment(arguments.m1, arguments.m2, row, to_double(o.y.lane[k]), k);
+      const double delta = o.outputs.increment(row, to_double(o.y.lane[k]), k);
       const double x = to_double(o.x.lane[k]);
       out.lane[k] = narrow<T>(kInverse ? (x - delta) / row.a : row.a * x + delta);
-      finite = finite && isfinite(to_float(out.lane[k]));
+      finite &= isfinite(to_float(out.lane[k]));
     }
     cuda::store(static_cast<T*>(arguments.out.data), i, out);
     return finite ? 0 : kStatusNonfinite;
@@ -72,15 +73,16 @@ struct Affine {
 
 // --- Lattice states ---
 
-template <class M, bool kInverse>
+template <class M, bool kInverse, int kOutputs>
 struct Lattice {
   static constexpr int kLanes = kWidth<int32_t>;
+  static constexpr int kUnroll = 2;
   LatticeArguments arguments;
 
   template <int N>
   struct Operands {
     Vector<int32_t, N> z, y;
-    Outputs<M, N> outputs;
+    Outputs<M, kOutputs, N> outputs;
   };
 
   __device__ Coefficients row(int64_t r) const { return Coefficients(arguments.coef, r); }
@@ -94,35 +96,49 @@ struct Lattice {
     return o;
   }
 
-  // Q of lane k.
+  // The increment of lane k, not yet rounded.
   template <int N>
-  __device__ __forceinline__ double quantized(const Coefficients& row, const Operands<N>& o, int k,
-                                              int64_t& nonfinite) const {
+  __device__ __forceinline__ double increment(const Coefficients& row, const Operands<N>& o,
+                                              int k) const {
     const float y = static_cast<float>(o.y.lane[k]) * arguments.unit.resolution;
-    const double delta = o.outputs.increment(arguments.m1, arguments.m2, row, to_double(y), k);
-    return gpu::quantize(delta, arguments.unit.inverse, nonfinite);
+    return o.outputs.increment(row, to_double(y), k);
   }
 
   template <int N>
   __device__ __forceinline__ int32_t store(const Coefficients& row, const Operands<N>& o,
                                            int64_t i) const {
     Vector<int32_t, N> out;
-    int64_t out_of_range = 0, nonfinite = 0;
+    bool fits = true;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const double q = quantized(row, o, k, nonfinite);
-      const double z = static_cast<double>(o.z.lane[k]);
-      out.lane[k] = gpu::saturate(kInverse ? z - q : z + q, out_of_range);
+      // Beside kRounder a double is an integer, below its exponent, unless it is 2^51 or more.
+      const double scaled = increment(row, o, k) * arguments.unit.inverse;
+      const uint64_t sum = gpu::bits_as<uint64_t>(scaled + gpu::kRounder);
+      const int64_t q = static_cast<int64_t>(sum - gpu::bits_as<uint64_t>(gpu::kRounder));
+      const int64_t z = o.z.lane[k];
+      const int64_t value = kInverse ? z - q : z + q;
+      out.lane[k] = static_cast<int32_t>(value);
+      fits &= (sum >> 52) == 0x433 && out.lane[k] == value;
+    }
+    gpu::Flag out_of_range = 0, nonfinite = 0;
+    if (!fits) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const double q = gpu::quantize(increment(row, o, k), arguments.unit.inverse, nonfinite);
+        const double z = gpu::from_int32(o.z.lane[k]);
+        out.lane[k] = gpu::saturate(kInverse ? z - q : z + q, out_of_range);
+      }
     }
     cuda::store(arguments.out, i, out);
     return gpu::status_bits(out_of_range, nonfinite);
   }
 };
 
-template <class M, bool kInverse>
-struct LatticeScaled : Lattice<M, kInverse> {
-  using Base = Lattice<M, kInverse>;
+template <class M, bool kInverse, int kOutputs>
+struct LatticeScaled : Lattice<M, kInverse, kOutputs> {
+  using Base = Lattice<M, kInverse, kOutputs>;
   using Base::arguments;
+  static constexpr int kUnroll = 1;
 
   // The inverse scales by the exchanged ratio.
   struct Row {
@@ -150,13 +166,14 @@ struct LatticeScaled : Lattice<M, kInverse> {
   __device__ __forceinline__ int32_t store(const Row& row, const Operands<N>& o, int64_t i) const {
     Vector<int32_t, N> out;
     Vector<int64_t, N> buffer_out;
-    int64_t out_of_range = 0, nonfinite = 0;
+    gpu::Flag out_of_range = 0, nonfinite = 0;
     const bool contracts = row.n.value <= row.d.value;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const double q = this->quantized(row.coef, o.plain, k, nonfinite);
+      const double increment = this->increment(row.coef, o.plain, k);
+      const double q = gpu::quantize(increment, arguments.unit.inverse, nonfinite);
       const double delta = gpu::clamp(q, -kIncrementBound, kIncrementBound);
-      double value = static_cast<double>(o.plain.z.lane[k]);
+      double value = gpu::from_int32(o.plain.z.lane[k]);
       if (kInverse) {
         const double whole = value - delta;
         value = gpu::clamp(whole, -kScaledBound, kScaledBound);
@@ -179,6 +196,7 @@ struct LatticeScaled : Lattice<M, kInverse> {
 template <class T>
 struct Encode {
   static constexpr int kLanes = 4;
+  static constexpr int kUnroll = 2;
   EncodeArguments arguments;
 
   template <int N>
@@ -194,7 +212,7 @@ struct Encode {
   template <int N>
   __device__ __forceinline__ int32_t store(double scale, const Vector<T, N>& x, int64_t i) const {
     Vector<int32_t, N> out;
-    int64_t out_of_range = 0, nonfinite = 0;
+    gpu::Flag out_of_range = 0, nonfinite = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const double value = to_double(x.lane[k]) * scale;
@@ -209,6 +227,7 @@ struct Encode {
 template <class T>
 struct Decode {
   static constexpr int kLanes = 4;
+  static constexpr int kUnroll = 2;
   DecodeArguments arguments;
 
   template <int N>
@@ -238,6 +257,16 @@ struct Decode {
   }
 };
 
+// Calls f(M{}, count) with the type of the model outputs and their number, 0, 1 or 2.
+template <bool kDouble, class F>
+int with_outputs(const Source& m1, const Source& m2, const F& f) {
+  if (m1.data == nullptr) return f(float{}, std::integral_constant<int, 0>{});
+  return with_type<kDouble>(m1.dtype, [&](auto output) {
+    if (m2.data == nullptr) return f(output, std::integral_constant<int, 1>{});
+    return f(output, std::integral_constant<int, 2>{});
+  });
+}
+
 bool vectors(const AffineArguments& a) {
   return aligned(a.x.data) && aligned(a.y.data) && aligned(a.m1.data) && aligned(a.m2.data) &&
          aligned(a.out.data);
@@ -252,18 +281,17 @@ bool vectors(const LatticeArguments& a) {
 
 int affine(const AffineArguments& arguments, bool inverse, int64_t numel, int32_t* status,
            void* stream) {
-  const auto queue = static_cast<cudaStream_t>(stream);
-  const bool whole = vectors(arguments);
+  const auto launch = [&](const auto& op) {
+    return launch_elementwise(op, vectors(arguments), numel, arguments.per_row, status,
+                              static_cast<cudaStream_t>(stream));
+  };
   return with_type<true>(arguments.x.dtype, [&](auto state) {
     using T = decltype(state);
-    return with_type<sizeof(T) == 8>(arguments.m1.dtype, [&](auto output) {
+    return with_outputs<sizeof(T) == 8>(arguments.m1, arguments.m2, [&](auto output, auto count) {
       using M = decltype(output);
-      if (inverse) {
-        return launch_elementwise(Affine<T, M, true>{arguments}, whole, numel, arguments.per_row,
-                                  status, queue);
-      }
-      return launch_elementwise(Affine<T, M, false>{arguments}, whole, numel, arguments.per_row,
-                                status, queue);
+      constexpr int kOutputs = decltype(count)::value;
+      return inverse ? launch(Affine<T, M, true, kOutputs>{arguments})
+                     : launch(Affine<T, M, false, kOutputs>{arguments});
     });
   });
 }
@@ -274,13 +302,15 @@ int lattice(const LatticeArguments& arguments, bool inverse, int64_t numel, int3
     return launch_elementwise(op, vectors(arguments), numel, arguments.per_row, status,
                               static_cast<cudaStream_t>(stream));
   };
-  return with_type<false>(arguments.m1.dtype, [&](auto output) {
+  return with_outputs<false>(arguments.m1, arguments.m2, [&](auto output, auto count) {
     using M = decltype(output);
+    constexpr int kOutputs = decltype(count)::value;
     if (arguments.buffer != nullptr) {
-      return inverse ? launch(LatticeScaled<M, true>{arguments})
-                     : launch(LatticeScaled<M, false>{arguments});
+      return inverse ? launch(LatticeScaled<M, true, kOutputs>{arguments})
+                     : launch(LatticeScaled<M, false, kOutputs>{arguments});
     }
-    return inverse ? launch(Lattice<M, true>{arguments}) : launch(Lattice<M, false>{arguments});
+    return inverse ? launch(Lattice<M, true, kOutputs>{arguments})
+                   : launch(Lattice<M, false, kOutputs>{arguments});
   });
 }
 

@@ -12,9 +12,6 @@ namespace inpo_fast {
 namespace cuda {
 
 constexpr int kThreads = 256;
-// Vectors that a thread loads before it computes, so that enough bytes are under way.
-constexpr int kUnroll = 2;
-
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T lane[N];
@@ -24,14 +21,52 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
 
+// The type of one access of so many bytes.
+template <int kBytes>
+struct Access;
+template <>
+struct Access<16> {
+  using Type = uint4;
+};
+template <>
+struct Access<8> {
+  using Type = uint2;
+};
+template <>
+struct Access<4> {
+  using Type = unsigned int;
+};
+template <>
+struct Access<2> {
+  using Type = unsigned short;
+};
+
+// Memory is accessed in words as wide as can be.
+template <class T, int N>
+using Words = typename Access<(sizeof(T) * N < 16 ? sizeof(T) * N : 16)>::Type;
+
 template <int N, class T>
 __device__ __forceinline__ Vector<T, N> load(const T* data, int64_t i) {
-  return *reinterpret_cast<const Vector<T, N>*>(data + i);
+  using Word = Words<T, N>;
+  Vector<T, N> vector;
+#pragma unroll
+  for (int w = 0; w < static_cast<int>(sizeof(vector) / sizeof(Word)); ++w) {
+    const Word word = reinterpret_cast<const Word*>(data + i)[w];
+    memcpy(reinterpret_cast<char*>(&vector) + w * sizeof(Word), &word, sizeof(Word));
+  }
+  return vector;
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store(T* data, int64_t i, const Vector<T, N>& vector) {
-  *reinterpret_cast<Vector<T, N>*>(data + i) = vector;
+  using Word = Words<T, N>;
+#pragma unroll
+  for (int w = 0; w < static_cast<int>(sizeof(vector) / sizeof(Word)); ++w) {
+    Word word;
+    memcpy(&word, reinterpret_cast<const char*>(&vector) + w * sizeof(Word), sizeof(Word));
+    // An assignment would be taken apart into stores of members.
+    __stwb(reinterpret_cast<Word*>(data + i) + w, word);
+  }
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -44,7 +79,8 @@ __device__ __forceinline__ double to_double(T x) {
   return static_cast<double>(to_float(x));
 }
 
-// A double rounded to T, by way of float.
+// A double rounded to T, by way of float. The conversions of pairs have several times the
+// throughput of those of one value.
 template <class T>
 __device__ __forceinline__ T narrow(double x);
 template <>
@@ -57,11 +93,11 @@ __device__ __forceinline__ float narrow<float>(double x) {
 }
 template <>
 __device__ __forceinline__ __half narrow<__half>(double x) {
-  return __float2half_rn(static_cast<float>(x));
+  return __low2half(__floats2half2_rn(static_cast<float>(x), 0.0f));
 }
 template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(double x) {
-  return __float2bfloat16_rn(static_cast<float>(x));
+  return __low2bfloat16(__floats2bfloat162_rn(static_cast<float>(x), 0.0f));
 }
 
 // Raises the bits of all threads of a warp at once; most often there are none.
@@ -72,11 +108,13 @@ __device__ __forceinline__ void raise(int32_t* status, int32_t bits) {
 
 // One element or vector of an operator: op.row(r) reads the constants of row r; op.load<N>(i) the
 // operands of elements [i, i + N), op.store(row, operands, i) computes and writes them and returns
-// status bits. Rows are per_row elements long.
+// status bits. A thread loads Op::kUnroll vectors before it computes, so that enough bytes are
+// under way. Rows are per_row elements long.
 template <class Op, int N>
 __global__ void __launch_bounds__(kThreads)
     elementwise(const Op op, int64_t per_row, int64_t rows, int32_t* status) {
   using Operands = typename Op::template Operands<N>;
+  constexpr int kUnroll = Op::kUnroll;
   int32_t bits = 0;
   for (int64_t r = blockIdx.y; r < rows; r += gridDim.y) {
     const auto row = op.row(r);
@@ -112,7 +150,7 @@ int launch_elementwise(const Op& op, bool vectors, int64_t numel, int64_t per_ro
   constexpr int N = Op::kLanes;
   const int64_t rows = numel / per_row;
   vectors = vectors && (rows == 1 || per_row % N == 0);
-  const int64_t block = int64_t{kUnroll} * kThreads * (vectors ? N : 1);
+  const int64_t block = int64_t{Op::kUnroll} * kThreads * (vectors ? N : 1);
   const dim3 grid(static_cast<unsigned>((per_row + block - 1) / block),
                   static_cast<unsigned>(rows < 65535 ? rows : 65535));
   if (vectors) {
