@@ -18,7 +18,7 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +42,14 @@ class Timed(NamedTuple):
     memory: float
 
 
-def rows(device: str, quick: bool) -> Iterator[Row]:
-    """Yield rows for each model and batch."""
+def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
+    """Yield rows for each model and batch, or for those named like "sd15, batch 1"."""
     if device != "cuda":
         raise SystemExit("benchmarks: the loop is measured on a GPU: --device cuda")
     steps = 4 if quick else STEPS
     for name, batch in CASES:
+        if only and f"{name}, batch {batch}" not in only:
+            continue
         yield from case_rows(name, batch, steps)
         torch._dynamo.reset()
         release()

@@ -18,7 +18,7 @@ latents, in bfloat16 with a float32 target, forward and backward.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -144,7 +144,9 @@ def backends(device: str) -> dict[str, Callable[[str], Callable[..., object]]]:
     return kernels
 
 
-def operator_rows(device: str, quick: bool, shape: tuple[int, ...], large: bool) -> Iterator[Row]:
+def operator_rows(
+    device: str, quick: bool, only: Sequence[str], shape: tuple[int, ...], large: bool
+) -> Iterator[Row]:
     """Yield a row for each operator and backend at one size."""
     rounds = 3 if quick else 9 if large else 21
     kernels = backends(device)
@@ -152,6 +154,8 @@ def operator_rows(device: str, quick: bool, shape: tuple[int, ...], large: bool)
     copy_into_old = partial(torch.empty_like(new).copy_, new)
     size = f"2^{new.numel().bit_length() - 1}"
     for case in cases(shape, device):
+        if only and case.name not in only:
+            continue
         # Each case is compiled by itself, for its shapes: the best that the compiler can do.
         torch._dynamo.reset()
         reference = REFERENCE[case.name]
@@ -190,15 +194,15 @@ def operator_rows(device: str, quick: bool, shape: tuple[int, ...], large: bool)
             )
 
 
-def rows(device: str, quick: bool) -> Iterator[Row]:
-    """Yield a row for each size and operator."""
+def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
+    """Yield a row for each size and operator, or for the operators named."""
     if device == "cpu":
         keep_freed_memory()
-        yield from operator_rows(device, quick, SMALL, large=False)
+        yield from operator_rows(device, quick, only, SMALL, large=False)
     else:
         yield from call_rows(device, quick)
         yield from preference_rows(device, quick)
-    yield from operator_rows(device, quick, LARGE[device], large=True)
+    yield from operator_rows(device, quick, only, LARGE[device], large=True)
 
 
 # --- On a GPU only ------------------------------------------------------------------------------
@@ -284,8 +288,9 @@ def preference_rows(device: str, quick: bool) -> Iterator[Row]:
 
     torch._dynamo.reset()
     compile_ = partial(torch.compile, fullgraph=True, dynamic=False)
-    functions = {impl: step(compile_(fused(impl))) for impl in backends(device)}
-    functions |= {f"{impl}, eager": step(fused(impl)) for impl in backends(device)}
+    kernels = backends(device)
+    functions = {impl: step(compile_(fused(impl))) for impl in kernels}
+    functions |= {f"{impl}, eager": step(fused(impl)) for impl in kernels}
     functions |= {"eager": step(plain_loss), "compiled": step(compile_(plain_loss))}
     exact = torch.autograd.grad(plain_loss(theta.double(), ref.double(), target.double()), theta)[
         0
@@ -316,5 +321,6 @@ def preference_rows(device: str, quick: bool) -> Iterator[Row]:
                 ours=median_us(times[impl]),
                 rivals={name: median_us(times[name]) for name in ("eager", "compiled")},
                 ratios=ratios,
-                target=PREFERENCE_TARGET if impl in backends(device) else {},
+                # The host's part is autograd's and the compiler's, not the kernels'.
+                target=PREFERENCE_TARGET if impl in kernels and kind == "GPU time" else {},
             )

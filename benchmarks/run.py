@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a benchmark: ``python -m benchmarks.run ops --device cpu --json FILE``.
 
-A benchmark is a module of this folder with a function ``rows(device, quick)`` that yields
+A benchmark is a module of this folder with a function ``rows(device, quick, only)`` that yields
 ``common.Row``. It checks that its contenders agree before it times them, and stops if they do not.
 """
 
@@ -35,10 +35,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--quick", action="store_true", help="few rounds: does it run at all")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these cases")
     options = parser.parse_args()
     module = importlib.import_module(f"benchmarks.{options.benchmark}")
     rows = []
-    for row in module.rows(options.device, options.quick):
+    for row in module.rows(options.device, options.quick, options.only):
         print(line(row), flush=True)
         rows.append(row)
         if options.json is not None:
