@@ -339,6 +339,34 @@ class NoiseSchedule:
         )
 
     @classmethod
+    def _from_flow_scheduler(
+        cls, scheduler: Any, num_steps: int | None, sigmas: Sequence[float] | None, mu: float | None
+    ) -> NoiseSchedule:
+        config = scheduler.config
+        if (num_steps is None) == (sigmas is None):
+            raise ValueError(
+                "a flow-matching schedule needs exactly one of num_inference_steps and sigmas"
+            )
+        if getattr(config, "use_dynamic_shifting", False) and mu is None:
+            raise ValueError("a scheduler with use_dynamic_shifting needs mu")
+        for option, reason in (
+            ("stochastic_sampling", "its steps add noise and have no inverse"),
+            ("invert_sigmas", "its time runs the other way round"),
+        ):
+            if getattr(config, option, False):
+                raise ValueError(f"scheduler must have {option}=False: {reason}")
+        options: dict[str, Any] = {} if mu is None else {"mu": mu}
+        if sigmas is None:
+            _require_steps(num_steps)
+            options["num_inference_steps"] = num_steps
+        else:
+            options["sigmas"] = list(sigmas)
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(device="cpu", **options)
+        grid = scheduler.sigmas.double().numpy()[::-1]
+        return cls._from_flow_sigmas(grid, config.num_train_timesteps)
+
+    @classmethod
     def edm(
         cls,
         num_steps: int,
@@ -373,6 +401,7 @@ class NoiseSchedule:
         num_inference_steps: int | None = None,
         *,
         timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> NoiseSchedule:
         """The grid that a diffusers scheduler defines; the scheduler itself is left as it was.
@@ -387,6 +416,8 @@ class NoiseSchedule:
             scheduler: e.g. `pipe.scheduler`.
             num_inference_steps: N; give this or `timesteps` (`alphas_cumprod` schedulers only).
             timesteps: explicit timesteps of nodes N … 1, falling.
+            sigmas: [N] explicit noise levels before the shift, falling, instead of the two above
+                (flow-matching schedulers only; pipelines of Flux give 1 … 1/N).
             mu: dynamic shift for flow-matching schedulers with `use_dynamic_shifting`.
 
         Raises:
@@ -404,14 +435,13 @@ class NoiseSchedule:
                 f"mu needs a scheduler with use_dynamic_shifting, got {type(scheduler).__name__}"
             )
         if "FlowMatch" in type(scheduler).__name__:
-            if num_inference_steps is None or timesteps is not None:
-                raise ValueError("a flow-matching schedule needs num_inference_steps")
-            _require_steps(num_inference_steps)
-            scheduler = copy.deepcopy(scheduler)
-            shift = {} if mu is None else {"mu": mu}
-            scheduler.set_timesteps(num_inference_steps, device="cpu", **shift)
-            sigmas = scheduler.sigmas.double().numpy()[::-1]
-            return cls._from_flow_sigmas(sigmas, config.num_train_timesteps)
+            if timesteps is not None:
+                raise ValueError("a flow-matching schedule takes sigmas, not timesteps")
+            return cls._from_flow_scheduler(scheduler, num_inference_steps, sigmas, mu)
+        if sigmas is not None:
+            raise ValueError(
+                f"sigmas needs a flow-matching scheduler, got {type(scheduler).__name__}"
+            )
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
                 "scheduler must define alphas_cumprod or be a flow-matching scheduler, got "
@@ -490,7 +520,7 @@ def _explicit_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> N
     return grid
 
 
-def _require_steps(num_steps: int) -> None:
+def _require_steps(num_steps: Any) -> None:
     if isinstance(num_steps, bool) or not isinstance(num_steps, (int, np.integer)):
         raise TypeError(f"num_steps must be an integer, got {type(num_steps).__name__}")
     if num_steps < 1:

@@ -219,9 +219,10 @@ def test_frac_bits(direction, frac_bits):
 )
 @solvers
 @directions
-def test_round_trips_on_every_kind_of_grid(grid, solver, direction):
+@pytest.mark.parametrize("guidance", [1.0, [1.0, 3.0, 7.5]], ids=["1", "per-sample"])
+def test_round_trips_on_every_kind_of_grid(grid, solver, direction, guidance):
     program = solver(grid, direction=direction)
-    start, _, back = round_trip(program, image())
+    start, _, back = round_trip(program, image(), guidance_scale=guidance)
     assert back.equal(start)
 
 
