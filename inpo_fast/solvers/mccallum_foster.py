@@ -32,9 +32,9 @@ def mccallum_foster(
     """The reversible method with coupling ζ in (0, 1]; the order is the integrator's, 1 for DDIM
     and 2 for the others.
 
-    ζ is rounded to the nearest rational with terms up to 2^16. The second update takes a step against
-    the flow, so that long steps in u, which end many a grid at the noise, magnify differences of the
-    two tracks: see `Program.amplification`.
+    ζ is rounded to the nearest rational with terms up to 2^16. The difference of the two tracks
+    grows where the ODE contracts: in sampling it is magnified by (α_N + σ_N)/α_N² for a fixed
+    velocity and ζ = 1, against which ζ < 1 works slowly (`Program.amplification`).
 
     Args:
         schedule: the grid.
