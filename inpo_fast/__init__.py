@@ -31,7 +31,21 @@ from .ops import (
 )
 from .sampler import Sampler, State
 from .schedule import NoiseSchedule
-from .solvers import SOLVERS, AmplificationWarning, Program, Stage, Update, bdia, ddim, edict, obelm
+from .solvers import (
+    SOLVERS,
+    AmplificationWarning,
+    Program,
+    Stage,
+    Update,
+    bdia,
+    ddim,
+    dpmpp_2m,
+    dpmpp_2s,
+    edict,
+    heun,
+    mccallum_foster,
+    obelm,
+)
 
 __all__ = [
     "SOLVERS",
@@ -55,8 +69,11 @@ __all__ = [
     "bdia",
     "check_status",
     "ddim",
+    "dpmpp_2m",
+    "dpmpp_2s",
     "dpo_loss",
     "edict",
+    "heun",
     "lattice_decode",
     "lattice_encode",
     "lattice_inverse",
@@ -67,6 +84,7 @@ __all__ = [
     "lattice_scaled_update_",
     "lattice_update",
     "lattice_update_",
+    "mccallum_foster",
     "new_status",
     "obelm",
     "preference_backward",

@@ -31,6 +31,7 @@ class Kind(NamedTuple):
     calls: bool
     unit: bool  # the model is called on the other track as it is
     sources: tuple[tuple[int, ...], ...]  # of the later stages, see `Update.sources`
+    recalls: bool  # what the track held is read before it is forgotten
 
     @classmethod
     def of(cls, update: Update) -> Kind:
@@ -42,6 +43,7 @@ class Kind(NamedTuple):
             update.node is not None,
             update.model_scale == 1,
             update.sources,
+            update.recall is not None,
         )
 
 
@@ -135,49 +137,56 @@ class Stepper:
     ) -> None:
         """Call the model on the other track, [B, …], and update the kind's track in place."""
         x, y, buffer = tracks[kind.track], tracks[1 - kind.track], buffers[kind.track]
-        outputs = self._evaluate(kind, row, y)
+        former = x.clone() if kind.recalls else None
+        pieces = [(y, *pair) for pair in self._evaluate(kind, row, y, former)]
+        if former is not None:
+            pieces.append((former, None, None))
         if kind.starts:
             x.zero_()
             if buffer is not None:
                 buffer.zero_()
-        pieces = list(enumerate(outputs))
-        for k, (m1, m2) in reversed(pieces) if kind.inverse else pieces:
+        numbered = list(enumerate(pieces))
+        for k, (other, m1, m2) in reversed(numbered) if kind.inverse else numbered:
             options: dict[str, Any] = {"status": status, "impl": self.impl}
             if self.frac_bits is None:
                 affine = ops.affine_inverse_ if kind.inverse else ops.affine_update_
-                affine(x, y, row.coef[k], m1, m2, **options)
+                affine(x, other, row.coef[k], m1, m2, **options)
                 continue
             options["frac_bits"] = self.frac_bits
             # only the first operator call scales
             if buffer is None or not kind.scaled or k > 0:
                 plain = ops.lattice_inverse_ if kind.inverse else ops.lattice_update_
-                plain(x, y, row.coef[k], m1, m2, **options)
+                plain(x, other, row.coef[k], m1, m2, **options)
             else:
                 scaled = ops.lattice_scaled_inverse_ if kind.inverse else ops.lattice_scaled_update_
-                scaled(x, buffer, y, row.coef[k], row.ratio, m1, m2, **options)
+                scaled(x, buffer, other, row.coef[k], row.ratio, m1, m2, **options)
 
-    def _evaluate(self, kind: Kind, row: Row, y: Tensor) -> list[Pair]:
-        """The raw model outputs of the stages on track y; one pair of nothing where there is no
-        call."""
+    def _evaluate(self, kind: Kind, row: Row, y: Tensor, former: Tensor | None) -> list[Pair]:
+        """The raw model outputs of the stages on track y (and what the other one held before); one
+        pair of nothing where there is no call."""
         if not kind.calls:
             return [(None, None)]
-        outputs = [self._call(self._first_point(kind, row, y), row.timestep[0])]
-        if not kind.sources:
-            return outputs
-        base = self._real(row, y)
-        index = len(kind.sources) + 1
+        if former is None and not kind.sources:
+            return [self._call(self._scaled_point(kind, row, y), row.timestep[0])]
+        real = self._real(row, y)
+        # the rows of points come after those of the update
+        points = iter(row.coef[1 + len(kind.sources) + kind.recalls :])
+        if former is None:
+            sample = self._scaled_point(kind, row, y)
+        else:
+            own = self._real(row, former)
+            sample = self._repeated(ops.affine_update(own, real, next(points), impl=self.impl))
+        outputs = [self._call(sample, row.timestep[0])]
         for k, sources in enumerate(kind.sources, start=1):
             # a compiled model may give its next output the memory of this one
             m1, m2 = outputs[-1]
             outputs[-1] = (m1 if m1 is None else m1.clone(), m2 if m2 is None else m2.clone())
-            point = base
+            point = real
             for source in sources:
                 point = ops.affine_update(
-                    point, base, row.coef[index], *outputs[source], impl=self.impl
+                    point, real, next(points), *outputs[source], impl=self.impl
                 )
-                index += 1
-            sample = torch.cat([point.to(self.model_dtype)] * self.copies)
-            outputs.append(self._call(sample, row.timestep[k]))
+            outputs.append(self._call(self._repeated(point), row.timestep[k]))
         return outputs
 
     def _real(self, row: Row, y: Tensor) -> Tensor:
@@ -189,12 +198,15 @@ class Stepper:
             y, row.scale[1], torch.float32, frac_bits=self.frac_bits, impl=self.impl
         )
 
-    def _first_point(self, kind: Kind, row: Row, y: Tensor) -> Tensor:
-        """What the model sees first, [G·B, …]: the scaled track y, rounded to its dtype."""
+    def _repeated(self, point: Tensor) -> Tensor:
+        """A point, [B, …], as the model sees it, [G·B, …]."""
+        return torch.cat([point.to(self.model_dtype)] * self.copies)
+
+    def _scaled_point(self, kind: Kind, row: Row, y: Tensor) -> Tensor:
+        """What the model sees of the scaled track y, [G·B, …]."""
         if self.frac_bits is None:
             # a 0-d scale would not lift float32 to float64
-            sample = (y if kind.unit else y * row.scale[:1]).to(self.model_dtype)
-            return torch.cat([sample] * self.copies)
+            return self._repeated(y if kind.unit else y * row.scale[:1])
         return ops.lattice_decode(
             y,
             row.scale[0],

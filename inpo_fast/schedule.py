@@ -25,7 +25,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +34,19 @@ Array = NDArray[np.float64]
 Kind = Literal["vp", "ve", "flow"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 Spacing = Literal["leading", "trailing", "linspace"]
+
+
+class Point(NamedTuple):
+    """One noise level of a schedule: entries of the arrays of `NoiseSchedule`."""
+
+    timestep: float
+    alpha: float
+    sigma: float
+    scale: float
+    tau: float
+    field_z: float
+    field_m: float
+    input_scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +64,8 @@ class NoiseSchedule:
             and Ho 2022), `sample` (x), `flow` (velocity ε − x) or `edm` (Karras et al. 2022: the
             raw network F with x̂ = c_skip z + c_out F(c_in z, c_noise)).
         sigma_data: standard deviation of the data; read by `edm` only.
+        alphas_cumprod: [T] the table ᾱ_t that the timesteps index, where there is one; read for
+            times between the nodes (`point`) only.
 
     Attributes:
         scale, tau: [N+1] ℓ and τ of the coordinate above.
@@ -67,6 +82,7 @@ class NoiseSchedule:
     kind: Kind = "vp"
     prediction_type: PredictionType = "epsilon"
     sigma_data: float = 0.5
+    alphas_cumprod: Array | None = field(default=None, repr=False)
 
     scale: Array = field(init=False, repr=False)
     tau: Array = field(init=False, repr=False)
@@ -113,24 +129,13 @@ class NoiseSchedule:
                 f"a {self.kind} schedule needs {equation} = 1 at every node, got {constraint}"
             )
 
-        velocity_form = self.velocity_form
-        scale = alpha + sigma if velocity_form else alpha
-        tau = sigma / scale
-        steps = np.diff(tau)
+        steps = np.diff(sigma / (alpha + sigma if self.velocity_form else alpha))
         if (steps[1:] <= 0).any() or steps[0] < 0:
             raise ValueError(
                 "noise must grow from node to node (only the first step may be flat), got "
                 f"sigma/alpha steps {steps}"
             )
-        p, q, r, s = self._prediction()
-        derived = {
-            "scale": scale,
-            "tau": tau,
-            "field_z": r - p if velocity_form else r,
-            "field_m": s - q if velocity_form else s,
-            "input_scale": self._input_scale(),
-        }
-        for name, values in derived.items():
+        for name, values in self._derived(alpha, sigma).items():
             values = np.array(values)
             values.setflags(write=False)
             object.__setattr__(self, name, values)
@@ -142,15 +147,23 @@ class NoiseSchedule:
                     f"sigma = {sigma[node]}, timestep = {self.timesteps[node]})"
                 )
 
-    def _input_scale(self) -> Array:
-        if self.prediction_type == "edm":
-            return 1 / np.sqrt(self.sigma**2 + self.sigma_data**2)
-        return np.ones_like(self.alpha)
+    def _derived(self, alpha: Array, sigma: Array) -> dict[str, Array]:
+        """What follows from α and σ, [K] each."""
+        p, q, r, s = self._prediction(alpha, sigma)
+        velocity_form = self.velocity_form
+        scale = alpha + sigma if velocity_form else alpha
+        edm = self.prediction_type == "edm"
+        return {
+            "scale": scale,
+            "tau": sigma / scale,
+            "field_z": r - p if velocity_form else r,
+            "field_m": s - q if velocity_form else s,
+            "input_scale": 1 / np.sqrt(sigma**2 + self.sigma_data**2) if edm else alpha**0,
+        }
 
-    def _prediction(self) -> tuple[Array, Array, Array, Array]:
-        """(p, q, r, s), each [N+1], of x̂ = p z + q m and ε̂ = r z + s m; not finite where
-        undefined."""
-        a, s = self.alpha, self.sigma
+    def _prediction(self, a: Array, s: Array) -> tuple[Array, Array, Array, Array]:
+        """(p, q, r, s), each [K], of x̂ = p z + q m and ε̂ = r z + s m at α = a and σ = s; not
+        finite where undefined."""
         zero, one = np.zeros_like(a), np.ones_like(a)
         with np.errstate(divide="ignore", invalid="ignore"):
             match self.prediction_type:
@@ -191,6 +204,63 @@ class NoiseSchedule:
         at σ = 0)."""
         values = (self.field_z[node], self.field_m[node], self.timesteps[node])
         return bool(np.isfinite(values).all())
+
+    @cached_property
+    def log_snr(self) -> Array:
+        """[N+1] λ = ln(α/σ), infinite where α or σ is 0."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.log(self.alpha) - np.log(self.sigma))
+
+    def point(self, node: float) -> Point:
+        """The noise level at a node, or at i + 1/2 that at the midpoint of the nodes i and i + 1
+        in λ.
+
+        The model's time at a midpoint is read from the table of `alphas_cumprod` by λ, linearly
+        between its entries, and so is not an integer. Without a table it is linear between the two
+        nodes: in σ for `flow`, else in λ, which is exact for `flow` and `edm` and leaves an error
+        of second order in the step where a schedule was made by hand.
+
+        Raises:
+            ValueError: no such node, or a midpoint beside a node with an infinite λ.
+        """
+        low = int(node)
+        if node == low and 0 <= low <= self.num_steps:
+            values = (getattr(self, name)[low] for name in Point._fields[1:])
+            return Point(self.timesteps[low], *values)
+        if node != low + 0.5 or not 0 <= low < self.num_steps:
+            raise ValueError(
+                f"node must be in 0 … {self.num_steps} or halfway between two nodes, got {node}"
+            )
+        if not np.isfinite(self.log_snr[low : low + 2]).all():
+            raise ValueError(f"node {node} lies between levels of infinite log(alpha/sigma)")
+        return Point(**{name: values[low] for name, values in self._midpoints.items()})
+
+    @cached_property
+    def _midpoints(self) -> dict[str, Array]:
+        """The fields of `point` at i + 1/2, [N] each, not finite where there is no midpoint."""
+        log_snr = self.log_snr
+        with np.errstate(invalid="ignore"):
+            middle = (log_snr[1:] + log_snr[:-1]) / 2
+            ratio = np.exp(-middle)  # σ/α
+            match self.kind:
+                case "vp":
+                    alpha = 1 / np.sqrt(1 + ratio**2)
+                case "ve":
+                    alpha = np.ones_like(ratio)
+                case "flow":
+                    alpha = 1 / (1 + ratio)
+            sigma = ratio * alpha
+            if self.alphas_cumprod is not None:
+                bar = self.alphas_cumprod
+                inside = (bar > 0) & (bar < 1)
+                known = np.log(bar[inside] / (1 - bar[inside])) / 2  # falls with t
+                time = np.interp(-middle, -known, np.flatnonzero(inside))
+            else:
+                axis, at = (self.sigma, sigma) if self.kind == "flow" else (log_snr, middle)
+                share = (at - axis[:-1]) / np.diff(axis)
+                time = self.timesteps[:-1] + share * np.diff(self.timesteps)
+            derived = self._derived(alpha, sigma)
+        return {"timestep": time, "alpha": alpha, "sigma": sigma, **derived}
 
     @property
     def first_callable(self) -> int:
@@ -238,6 +308,7 @@ class NoiseSchedule:
             sigma=np.sqrt(1 - bar),
             kind="vp",
             prediction_type=prediction_type,
+            alphas_cumprod=table,
         )
 
     @classmethod
@@ -266,6 +337,34 @@ class NoiseSchedule:
             kind="flow",
             prediction_type="flow",
         )
+
+    @classmethod
+    def _from_flow_scheduler(
+        cls, scheduler: Any, num_steps: int | None, sigmas: Sequence[float] | None, mu: float | None
+    ) -> NoiseSchedule:
+        config = scheduler.config
+        if (num_steps is None) == (sigmas is None):
+            raise ValueError(
+                "a flow-matching schedule needs exactly one of num_inference_steps and sigmas"
+            )
+        if getattr(config, "use_dynamic_shifting", False) and mu is None:
+            raise ValueError("a scheduler with use_dynamic_shifting needs mu")
+        for option, reason in (
+            ("stochastic_sampling", "its steps add noise and have no inverse"),
+            ("invert_sigmas", "its time runs the other way round"),
+        ):
+            if getattr(config, option, False):
+                raise ValueError(f"scheduler must have {option}=False: {reason}")
+        options: dict[str, Any] = {} if mu is None else {"mu": mu}
+        if sigmas is None:
+            _require_steps(num_steps)
+            options["num_inference_steps"] = num_steps
+        else:
+            options["sigmas"] = list(sigmas)
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(device="cpu", **options)
+        grid = scheduler.sigmas.double().numpy()[::-1]
+        return cls._from_flow_sigmas(grid, config.num_train_timesteps)
 
     @classmethod
     def edm(
@@ -302,6 +401,7 @@ class NoiseSchedule:
         num_inference_steps: int | None = None,
         *,
         timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> NoiseSchedule:
         """The grid that a diffusers scheduler defines; the scheduler itself is left as it was.
@@ -316,6 +416,8 @@ class NoiseSchedule:
             scheduler: e.g. `pipe.scheduler`.
             num_inference_steps: N; give this or `timesteps` (`alphas_cumprod` schedulers only).
             timesteps: explicit timesteps of nodes N … 1, falling.
+            sigmas: [N] explicit noise levels before the shift, falling, instead of the two above
+                (flow-matching schedulers only; pipelines of Flux give 1 … 1/N).
             mu: dynamic shift for flow-matching schedulers with `use_dynamic_shifting`.
 
         Raises:
@@ -333,14 +435,13 @@ class NoiseSchedule:
                 f"mu needs a scheduler with use_dynamic_shifting, got {type(scheduler).__name__}"
             )
         if "FlowMatch" in type(scheduler).__name__:
-            if num_inference_steps is None or timesteps is not None:
-                raise ValueError("a flow-matching schedule needs num_inference_steps")
-            _require_steps(num_inference_steps)
-            scheduler = copy.deepcopy(scheduler)
-            shift = {} if mu is None else {"mu": mu}
-            scheduler.set_timesteps(num_inference_steps, device="cpu", **shift)
-            sigmas = scheduler.sigmas.double().numpy()[::-1]
-            return cls._from_flow_sigmas(sigmas, config.num_train_timesteps)
+            if timesteps is not None:
+                raise ValueError("a flow-matching schedule takes sigmas, not timesteps")
+            return cls._from_flow_scheduler(scheduler, num_inference_steps, sigmas, mu)
+        if sigmas is not None:
+            raise ValueError(
+                f"sigmas needs a flow-matching scheduler, got {type(scheduler).__name__}"
+            )
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
                 "scheduler must define alphas_cumprod or be a flow-matching scheduler, got "
@@ -419,7 +520,7 @@ def _explicit_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> N
     return grid
 
 
-def _require_steps(num_steps: int) -> None:
+def _require_steps(num_steps: Any) -> None:
     if isinstance(num_steps, bool) or not isinstance(num_steps, (int, np.integer)):
         raise TypeError(f"num_steps must be an integer, got {type(num_steps).__name__}")
     if num_steps < 1:

@@ -495,13 +495,32 @@ def test_the_scheduler_is_left_as_it_was(scheduler):
             diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             {"num_inference_steps": 5},
             ValueError,
-            "`mu` must be passed",
+            "a scheduler with use_dynamic_shifting needs mu",
         ),
         (
             diffusers.FlowMatchEulerDiscreteScheduler(),
             {"timesteps": [3, 2]},
             ValueError,
-            "a flow-matching schedule needs num_inference_steps",
+            "a flow-matching schedule takes sigmas, not timesteps",
+        ),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(),
+            {"num_inference_steps": 5, "sigmas": [1.0, 0.5]},
+            ValueError,
+            "needs exactly one of num_inference_steps and sigmas",
+        ),
+        (ddim_scheduler(), {"sigmas": [1.0, 0.5]}, ValueError, "sigmas needs a flow-matching"),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+            {"num_inference_steps": 5},
+            ValueError,
+            "must have stochastic_sampling=False",
+        ),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+            {"num_inference_steps": 5},
+            ValueError,
+            "must have invert_sigmas=False",
         ),
         (
             diffusers.FlowMatchEulerDiscreteScheduler(),
@@ -520,3 +539,82 @@ def test_wrong_schedulers(scheduler, arguments, error, message):
 def test_a_scheduler_that_clips_is_refused(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option}=False"):
         NoiseSchedule.from_diffusers(ddim_scheduler(**{option: True}), 10)
+
+
+# --- Levels between the nodes -------------------------------------------------------------------
+
+
+def between() -> dict[str, NoiseSchedule]:
+    table = scaled_linear_alphas_cumprod()
+    angle = np.linspace(0.1, 1.4, 7)
+    return {
+        "table": NoiseSchedule.from_alphas_cumprod(table, 6, steps_offset=1),
+        "flow": NoiseSchedule.flow(6, shift=3),
+        "edm": NoiseSchedule.edm(6),
+        "by-hand": NoiseSchedule(angle, np.cos(angle), np.sin(angle)),
+    }
+
+
+@pytest.mark.parametrize("schedule", between().values(), ids=between())
+def test_a_midpoint_is_a_node_of_a_finer_grid(schedule):
+    """Everything but the time of a table follows from α and σ, as at a node."""
+    for i in range(schedule.num_steps):
+        if not np.isfinite(schedule.log_snr[i : i + 2]).all():
+            with pytest.raises(ValueError, match="between levels of infinite log"):
+                schedule.point(i + 0.5)
+            continue
+        ends, middle = [schedule.point(i), schedule.point(i + 1)], schedule.point(i + 0.5)
+        log_snr = [np.log(p.alpha / p.sigma) for p in (*ends, middle)]
+        assert log_snr[2] == pytest.approx((log_snr[0] + log_snr[1]) / 2, rel=1e-12, abs=1e-12)
+        finer = NoiseSchedule(
+            [p.timestep for p in (ends[0], middle, ends[1])],
+            [p.alpha for p in (ends[0], middle, ends[1])],
+            [p.sigma for p in (ends[0], middle, ends[1])],
+            schedule.kind,
+            schedule.prediction_type,
+            schedule.sigma_data,
+        )
+        # kinds by their constraint, times between, and all that is derived
+        np.testing.assert_allclose(middle, finer.point(1), rtol=1e-12)
+        assert ends[0].timestep < middle.timestep < ends[1].timestep
+
+
+def test_points_at_nodes_are_the_arrays():
+    schedule = between()["edm"]
+    for node in range(1, 7):
+        point = schedule.point(node)
+        assert point.timestep == schedule.timesteps[node]
+        for name in point._fields[1:]:
+            assert getattr(point, name) == getattr(schedule, name)[node]
+
+
+@pytest.mark.parametrize("node", [-1, -0.5, 7, 6.5, 2.25])
+def test_no_such_point(node):
+    with pytest.raises(ValueError, match="node must be in 0 … 6 or halfway between two nodes"):
+        between()["edm"].point(node)
+
+
+def test_the_time_of_a_midpoint():
+    schedules = between()
+    for i in range(1, 6):
+        # exact where time is a function of the level
+        point = schedules["edm"].point(i + 0.5)
+        assert point.timestep == pytest.approx(np.log(point.sigma) / 4, abs=1e-14)
+    for i in range(1, 5):
+        point = schedules["flow"].point(i + 0.5)
+        assert point.timestep == pytest.approx(1000 * point.sigma, rel=1e-14)
+        # by the table: between the entries that enclose it
+        point = schedules["table"].point(i + 0.5)
+        bar = scaled_linear_alphas_cumprod()
+        low = int(point.timestep)
+        assert bar[low] >= point.alpha**2 >= bar[low + 1] and point.timestep != low
+
+
+def test_the_time_of_a_midpoint_without_a_table_is_right_to_second_order():
+    errors = []
+    for n in (32, 64, 128):
+        angle = np.linspace(0.1, 1.4, n + 1)
+        schedule = NoiseSchedule(angle, np.cos(angle), np.sin(angle))
+        points = [schedule.point(i + 0.5) for i in range(n)]
+        errors.append(max(abs(p.timestep - np.arctan2(p.sigma, p.alpha)) for p in points))
+    assert 3.5 < errors[0] / errors[1] < 4.5 and 3.5 < errors[1] / errors[2] < 4.5

@@ -6,7 +6,11 @@ from collections.abc import Callable
 
 from .bdia import bdia
 from .ddim import ddim
+from .dpmpp_2m import dpmpp_2m
+from .dpmpp_2s import dpmpp_2s
 from .edict import edict
+from .heun import heun
+from .mccallum_foster import mccallum_foster
 from .obelm import obelm
 from .program import AmplificationWarning, Direction, Program, Stage, Update
 
@@ -15,6 +19,7 @@ SOLVERS: dict[str, Callable[..., Program]] = {
     "bdia": bdia,
     "edict": edict,
     "obelm": obelm,
+    "mccallum_foster": mccallum_foster,
 }
 """Solver functions by name; each takes a schedule, its own parameters and `direction`."""
 
@@ -27,6 +32,10 @@ __all__ = [
     "Update",
     "bdia",
     "ddim",
+    "dpmpp_2m",
+    "dpmpp_2s",
     "edict",
+    "heun",
+    "mccallum_foster",
     "obelm",
 ]

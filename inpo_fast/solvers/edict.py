@@ -17,7 +17,8 @@ from fractions import Fraction
 
 from ..lattice import rational
 from ..schedule import NoiseSchedule
-from .program import Direction, Program, Update, model_update, nodes_of
+from .coupled import coupled_program
+from .program import Direction, Program, Stages, Update, model_update, nodes_of
 
 
 def edict(
@@ -36,21 +37,8 @@ def edict(
         raise ValueError(f"p must be in (1/2, 1], got {p}")
     weight = rational(p)
     nodes = nodes_of(schedule, "sample")
-    body = [update for i in nodes[:-1] for update in edict_updates(schedule, i, weight)]
-    if direction == "invert":
-        body = [update.inverted() for update in reversed(body)]
-    first = float(schedule.scale[nodes_of(schedule, direction)[0]])
-    # both tracks start as the same sample
-    start = Update(track=1, a=Fraction(0), b=1.0, before=first, after=first, frozen=(0.0, 1.0))
-    name = f"edict(p={weight})"
-    return Program(
-        name=name if direction == "sample" else f"{name} inversion",
-        updates=(start, *body),
-        start=(first, None),
-        input=0,
-        output=0,
-        order=1,
-    )
+    updates = [update for i in nodes[:-1] for update in edict_updates(schedule, i, weight)]
+    return coupled_program(f"edict(p={weight})", schedule, direction, updates, order=1)
 
 
 def edict_updates(schedule: NoiseSchedule, i: int, p: Fraction) -> list[Update]:
@@ -61,11 +49,11 @@ def edict_updates(schedule: NoiseSchedule, i: int, p: Fraction) -> list[Update]:
     moves = [
         model_update(
             schedule,
-            i,
+            Stages((i,)),
             track=track,
             a=Fraction(1),
             skip=0.0,
-            gain=float(step),
+            gains=[float(step)],
             other=schedule.scale[level],
             before=schedule.scale[i],
             after=schedule.scale[i - 1],

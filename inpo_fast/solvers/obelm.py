@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from ..lattice import MAX_RATIO_TERM, rational
 from ..schedule import NoiseSchedule
-from .program import Direction, Program, Update, model_update
+from .program import Direction, Program, Stages, Update, model_update
 from .two_step import two_step_program
 
 
@@ -49,11 +49,11 @@ def obelm_update(schedule: NoiseSchedule, i: int) -> Update:
     a = rational((h / h_next) ** 2) if h > 0 else Fraction(1)
     return model_update(
         schedule,
-        i,
+        Stages((i,)),
         track=(i + 1) % 2,
         a=a,
         skip=1 - float(a),
-        gain=-(h + float(a) * h_next),
+        gains=[-(h + float(a) * h_next)],
         other=scale[i],
         before=scale[i + 1],
         after=scale[i - 1],

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -74,6 +74,9 @@ class Update:
         timestep: time that the model is given then, an int where it is an index of a table.
         model_scale: p_0, the model sees p_0 x^{1−j}.
         later: the stages k = 1, 2, … after this first one.
+        recall: (c, q) where a = 0: c x^j is added and the first stage sees p_0 x^{1−j} + q x^j, x^j
+            being what the update is about to forget. Solvers that remember an earlier model output
+            need it; it is never reversible.
         before, after: z per unit of track j before and after the update.
         inverse: run the inverse of the update instead.
         frozen: (a, b) of the same update on z with the velocity ε̂ − x̂ held fixed; the
@@ -84,7 +87,7 @@ class Update:
     a: Fraction
     b: float
     c: float = 0.0
-    node: int | None = None
+    node: float | None = None
     timestep: float = 0.0
     model_scale: float = 1.0
     before: float = 1.0
@@ -92,6 +95,7 @@ class Update:
     inverse: bool = False
     frozen: tuple[float, float] | None = None
     later: tuple[Stage, ...] = ()
+    recall: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.track not in (0, 1):
@@ -106,6 +110,7 @@ class Update:
             *(self.b, self.c, self.timestep, self.model_scale, self.before, self.after),
             *self.frozen_coefficients,
             *(number for s in self.later for number in (s.c, s.node, s.timestep, s.p, *s.q)),
+            *(self.recall or ()),
         )
         if not np.isfinite(numbers).all():
             raise ValueError(f"coefficients must be finite, got {numbers}")
@@ -118,7 +123,9 @@ class Update:
                 raise ValueError(
                     f"stage {k} must have q for each of the {k} stages before it, got {stage.q}"
                 )
-        if (self.a == 0) != (self.frozen_coefficients[0] == 0):
+        if self.recall is not None and (self.a != 0 or self.node is None):
+            raise ValueError(f"recall needs a = 0 and a model call, got {self.recall}")
+        if self.recall is None and (self.a == 0) != (self.frozen_coefficients[0] == 0):
             raise ValueError(
                 f"frozen must scale the track as a does, got {self.frozen} for a = {self.a}"
             )
@@ -143,9 +150,14 @@ class Update:
         same track one after the other (the inverse takes them away in reverse order). Then those
         that make the later stages' points, stage by stage: (p, 0, q_l) for the first l whose q_l
         is not 0 and (1, 0, q_l) for the others, see `Update.sources`.
+
+        With `recall` there are two more, at the end of the first part (1, c, 0), which reads x^j,
+        and at the beginning of the second one (q, p_0, 0), which makes the first point.
         """
         first: list[Row] = [(float(self.a), self.b, self.c)]
         adding = [(1.0, 0.0, stage.c) for stage in self.later]
+        if self.recall is not None:
+            adding += [(1.0, self.recall[0], 0.0), (self.recall[1], self.model_scale, 0.0)]
         points = [
             (1.0 if position else stage.p, 0.0, stage.q[source])
             for stage, sources in zip(self.later, self.sources, strict=True)
@@ -224,7 +236,8 @@ class Program:
                 raise ValueError(
                     f"update {index} reads track {1 - update.track}, which holds nothing"
                 )
-            if not update.starts and held[update.track] is None:
+            needs_own = not update.starts or update.recall is not None
+            if needs_own and held[update.track] is None:
                 raise ValueError(
                     f"update {index} changes track {update.track}, which holds nothing"
                 )
@@ -272,7 +285,7 @@ class Program:
         if forgets := self._forgets():
             raise ValueError(
                 f"{self.name} is not reversible: update {forgets[0]} overwrites track "
-                f"{self.updates[forgets[0]].track}; use bdia, edict or obelm"
+                f"{self.updates[forgets[0]].track}; use bdia, edict, obelm or mccallum_foster"
             )
         name = self.name.removeprefix("inverse of ")
         return Program(
@@ -365,6 +378,7 @@ class Program:
                 *(u.track, *u.a.as_integer_ratio(), float(u.b), float(u.c), u.inverse),
                 *(u.node, u.timestep, float(u.model_scale), float(u.before), float(u.after)),
                 *((float(s.c), s.node, s.timestep, float(s.p), *map(float, s.q)) for s in u.later),
+                *([list(map(float, u.recall))] if u.recall else []),
             )
             for u in self.updates
         ]
@@ -389,44 +403,92 @@ class Program:
                 f"{f'+ m_{k}':>20s}{'':30s}{stage.c:14.8f}  {stage.timestep:g}"
                 for k, stage in enumerate(u.later, start=1)
             ]
+            if u.recall is not None:
+                lines.append(f"{'+ x':>19s}{u.track}{u.recall[0]:30.8f}")
         return "\n".join(lines)
+
+
+class Stages(NamedTuple):
+    """Where an update takes the field, in the coordinate u: F_k at node n_k of the point
+    u + Σ_{l<k} w_kl F_l, u being what the update reads.
+
+    Attributes:
+        nodes: n_k, see `Stage.node`.
+        inner: w_kl, the k-th with k entries.
+    """
+
+    nodes: tuple[float, ...]
+    inner: tuple[tuple[float, ...], ...] = ((),)
 
 
 def model_update(
     schedule: NoiseSchedule,
-    node: int,
+    stages: Stages,
     track: int,
     a: Fraction,
     skip: float,
-    gain: float,
+    gains: Sequence[float],
     *,
     other: float = 1.0,
     before: float = 1.0,
     after: float = 1.0,
 ) -> Update:
-    """x^j ← a x^j + skip x^{1−j} + gain F with the field F = field_z z + field_m m folded in.
+    """x^j ← a x^j + skip x^{1−j} + Σ_k gain_k F_k with the fields F = field_z z + field_m m folded
+    in.
 
     Args:
-        schedule, node: where the model is called.
+        schedule, stages: where the model is called.
         track: j.
-        a, skip, gain: coefficients in the unit of the tracks.
-        other: z per unit of the track that the model reads.
+        a, skip, gains: coefficients in the unit of the tracks.
+        other: z per unit of the track that the model reads, z at the level of the first stage.
         before, after: z per unit of the track that changes, before and after.
     """
-    # ε̂ = (z + α v)/(α + σ) with the velocity v: what F says of z when v is held fixed
-    level = schedule.alpha[node] + schedule.sigma[node]
-    held = 0.0 if schedule.velocity_form else 1 / level
+    points = [schedule.point(node) for node in stages.nodes]
+    count = len(points)
+    # z_k and F_k as linear forms of (y, m_0, m_1, …), and their derivatives by z_0 for a velocity
+    # v that is held fixed: ε̂ = (z + α v)/(α + σ), the noise form's F
+    z, field = np.zeros((count, count + 1)), np.zeros((count, count + 1))
+    held_z, held_field = np.ones(count), np.zeros(count)
+    z[0, 0] = other
+    for k, (point, inner) in enumerate(zip(points, stages.inner, strict=True)):
+        if k > 0:
+            weights = np.array(inner)
+            z[k] = point.scale * (z[0] / points[0].scale + weights @ field[:k])
+            held_z[k] = point.scale * (1 / points[0].scale + weights @ held_field[:k])
+        field[k] = point.field_z * z[k]
+        field[k, 1 + k] += point.field_m
+        if not schedule.velocity_form:
+            held_field[k] = held_z[k] / (point.alpha + point.sigma)
+    b, held = skip, skip / other
+    c = [float(gain * point.field_m) for gain, point in zip(gains, points, strict=True)]
+    for k, (gain, point) in enumerate(zip(gains, points, strict=True)):
+        b += gain * point.field_z * z[k, 0]
+        held += gain * held_field[k]
+        for earlier in range(k):
+            c[earlier] += float(gain * point.field_z * z[k, 1 + earlier])
+    first, *later = [
+        Stage(
+            c=c[k],
+            node=node,
+            # a time between the nodes is no index of a table
+            timestep=(int if schedule.discrete and node == int(node) else float)(point.timestep),
+            p=float(z[k, 0] * point.input_scale),
+            q=tuple(float(q * point.input_scale) for q in z[k, 1 : 1 + k]),
+        )
+        for k, (node, point) in enumerate(zip(stages.nodes, points, strict=True))
+    ]
     return Update(
         track=track,
         a=a,
-        b=float(skip + gain * schedule.field_z[node] * other),
-        c=float(gain * schedule.field_m[node]),
-        node=node,
-        timestep=(int if schedule.discrete else float)(schedule.timesteps[node]),
-        model_scale=float(other * schedule.input_scale[node]),
+        b=float(b),
+        c=first.c,
+        node=first.node,
+        timestep=first.timestep,
+        model_scale=first.p,
         before=float(before),
         after=float(after),
-        frozen=(float(a * after / before), float((skip / other + gain * held) * after)),
+        frozen=(float(a * after / before), float(held * after)),
+        later=tuple(later),
     )
 
 

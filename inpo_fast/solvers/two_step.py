@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..schedule import NoiseSchedule
-from .ddim import ddim_update
+from .one_step import Integrator, euler_step, step_update
 from .program import Direction, Program, Update, nodes_of
 
 
@@ -17,8 +17,9 @@ def two_step_program(
     *,
     order: int,
     in_u: bool,
+    first: Integrator = euler_step,
 ) -> Program:
-    """Program of a two-step solver started by one DDIM step.
+    """Program of a two-step solver started by one step of a one-step integrator.
 
     Args:
         name: solver and parameters.
@@ -27,9 +28,10 @@ def two_step_program(
         step: node i (1 … N−1) to the update that takes z_{i+1} to z_{i−1} given z_i.
         order: order of convergence.
         in_u: tracks hold u = z/ℓ instead of z.
+        first: the integrator of the first step.
     """
     nodes = nodes_of(schedule, direction)
-    start = ddim_update(schedule, nodes[0], nodes[1], in_u=in_u)
+    start = step_update(schedule, first, nodes[0], nodes[1], in_u=in_u)
     body = [step(i) for i in nodes[1:-1]]
     if direction == "invert":
         body = [update.inverted() for update in body]

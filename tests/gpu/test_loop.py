@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inpo_fast import NoiseSchedule, Sampler, State, bdia, edict, obelm
+from inpo_fast import NoiseSchedule, Sampler, State, bdia, edict, mccallum_foster, obelm
 from inpo_fast.schedule import scaled_linear_alphas_cumprod
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -20,6 +20,10 @@ SOLVERS = {
     "bdia(15/16)": lambda schedule, **k: bdia(schedule, gamma=15 / 16, **k),
     "edict": edict,
     "obelm": obelm,
+    "bdia(heun)": lambda schedule, **k: bdia(schedule, integrator="heun", **k),
+    "mccallum-foster(2s)": lambda schedule, **k: mccallum_foster(
+        schedule, integrator="dpm++2s", **k
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 
 from inpo_fast.schedule import NoiseSchedule, scaled_linear_alphas_cumprod
-from inpo_fast.solvers import bdia, edict, obelm
+from inpo_fast.solvers import bdia, edict, mccallum_foster, obelm
 
 
 def zero_snr(table: np.ndarray) -> np.ndarray:
@@ -71,14 +71,24 @@ schedules = st.one_of(
 )
 
 
+integrators = st.sampled_from(["ddim", "ddim", "heun", "dpm++2s"])
+
+
 @st.composite
 def reversible_programs(draw) -> tuple[NoiseSchedule, object]:
     schedule = draw(schedules)
     direction = draw(st.sampled_from(["sample", "invert"]))
-    match draw(st.sampled_from(["bdia", "bdia", "edict", "obelm"])):
+    match draw(st.sampled_from(["bdia", "bdia", "mccallum_foster", "edict", "obelm"])):
         case "bdia":
             gamma = draw(st.sampled_from([1, 0.94, 15 / 16, 0.5]) | st.floats(0.05, 1))
-            return schedule, bdia(schedule, gamma=gamma, direction=direction)
+            integrator = draw(integrators)
+            return schedule, bdia(schedule, gamma=gamma, integrator=integrator, direction=direction)
+        case "mccallum_foster":
+            zeta = draw(st.sampled_from([1, 0.999, 0.9]) | st.floats(0.5, 1))
+            integrator = draw(integrators)
+            return schedule, mccallum_foster(
+                schedule, zeta=zeta, integrator=integrator, direction=direction
+            )
         case "edict":
             p = draw(st.sampled_from([1, 0.93]) | st.floats(0.51, 1))
             return schedule, edict(schedule, p=p, direction=direction)

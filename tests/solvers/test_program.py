@@ -19,7 +19,11 @@ from inpo_fast.solvers import (
     Update,
     bdia,
     ddim,
+    dpmpp_2m,
+    dpmpp_2s,
     edict,
+    heun,
+    mccallum_foster,
     obelm,
 )
 from inpo_fast.solvers.program import AMPLIFICATION_LIMIT
@@ -94,8 +98,19 @@ def simulated_amplification(program, schedule, seed=0) -> float:
         obelm,
         edict,
         lambda s, **k: edict(s, p=1, **k),
+        heun,
+        dpmpp_2s,
+        lambda s, direction: dpmpp_2m(s),
+        *(
+            lambda s, solver=solver, name=name, **k: solver(s, integrator=name, **k)
+            for solver in (bdia, mccallum_foster)
+            for name in ("ddim", "heun", "dpm++2s")
+        ),
     ],
-    ids=["ddim", "bdia-1", "bdia-.5", "obelm", "edict", "edict-1"],
+    ids=[
+        *("ddim", "bdia-1", "bdia-.5", "obelm", "edict", "edict-1", "heun", "2s", "2m"),
+        *("bdia-ddim", "bdia-heun", "bdia-2s", "mf-ddim", "mf-heun", "mf-2s"),
+    ],
 )
 def test_amplification_is_what_a_disturbance_grows_to(schedule, solver, direction):
     program = solver(schedule, direction=direction)
@@ -216,7 +231,8 @@ def test_model_calls_order_and_ends(n):
     for direction, (first, last) in {"sample": (n, 0), "invert": (0, n)}.items():
         for name, solver in SOLVERS.items():
             program = solver(schedule, direction=direction)
-            assert program.model_calls == (2 * n if name == "edict" else n)
+            coupled = name in ("edict", "mccallum_foster")
+            assert program.model_calls == (2 * n if coupled else n)
             assert program.order == (2 if name == "obelm" else 1)
             assert program.reversible == (name != "ddim" or n == 1)
             scale = 1.0 if name in ("ddim", "bdia") else None
@@ -225,6 +241,8 @@ def test_model_calls_order_and_ends(n):
             assert program.end[program.output] == (scale or schedule.scale[last])
             timesteps = {u.timestep for u in program.updates if u.node is not None}
             called = range(1, n + 1) if direction == "sample" or name == "edict" else range(n)
+            # its second call is at the other end of the step
+            called = range(n + 1) if name == "mccallum_foster" else called
             assert timesteps == {schedule.timesteps[i] for i in called}
 
 
@@ -234,7 +252,7 @@ def test_ddim_has_no_inverse():
 
 
 @pytest.mark.parametrize("direction", ["sample", "invert"])
-@pytest.mark.parametrize("solver", [bdia, edict, obelm])
+@pytest.mark.parametrize("solver", [bdia, edict, mccallum_foster, obelm])
 def test_inverse_of_inverse(solver, direction):
     program = solver(stable_diffusion(9), direction=direction)
     once, twice = program.inverse(), program.inverse().inverse()
@@ -286,6 +304,8 @@ STAGE = Stage(0.5, node=2.5, timestep=30.5, p=0.25, q=(0.75,))
 
 CHANGES = [
     {"later": (STAGE,)},
+    {"a": Fraction(0), "recall": (0.5, 0.25)},
+    {"a": Fraction(0), "recall": (0.5, np.nextafter(0.25, 1))},
     *(
         {"later": (dataclasses.replace(STAGE, **change),)}
         for change in (
@@ -337,7 +357,7 @@ def test_solvers_are_deterministic():
         solver(stable_diffusion(n), direction=d).fingerprint
         for solver, n, d in itertools.product(SOLVERS.values(), (19, 20), ("sample", "invert"))
     }
-    assert len(prints) == 16
+    assert len(prints) == 4 * len(SOLVERS)
 
 
 def test_printing():
@@ -413,6 +433,8 @@ def test_printing_stages():
         ({"later": (Stage(1.0, 1, 3, 1.0, (np.nan,)),)}, "coefficients must be finite"),
         ({"later": (Stage(np.inf, 1, 3, 1.0, (1.0,)),)}, "coefficients must be finite"),
         ({"node": None, "c": 0.0, "later": (STAGE,)}, "must have no later stages"),
+        ({"recall": (1.0, 0.0)}, r"recall needs a = 0 and a model call, got \(1.0, 0.0\)"),
+        ({"a": Fraction(0), "recall": (np.nan, 0.0)}, "coefficients must be finite"),
     ],
 )
 def test_an_update_checks_itself(fields, message):
@@ -427,6 +449,10 @@ def test_an_update_checks_itself(fields, message):
         ({"start": (None, 1.0)}, "the input track must hold something"),
         ({"start": (1.0, None)}, "update 0 reads track 1, which holds nothing"),
         ({"input": 1, "start": (None, 1.0)}, "update 0 changes track 0, which holds nothing"),
+        (
+            {"a": Fraction(0), "recall": (1.0, 0.0), "input": 1, "start": (None, 1.0)},
+            "update 0 changes track 0, which holds nothing",
+        ),
         ({"updates": (), "start": (1.0, None)}, "the output track holds nothing at the end"),
         ({"input": 2}, "input and output must be 0 or 1, got 2 and 1"),
         ({"output": -1}, "input and output must be 0 or 1"),

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from inpo_fast.schedule import NoiseSchedule
-from inpo_fast.solvers import bdia, ddim, edict, obelm
+from inpo_fast.solvers import (
+    bdia,
+    ddim,
+    dpmpp_2m,
+    dpmpp_2s,
+    edict,
+    heun,
+    mccallum_foster,
+    obelm,
+)
+from inpo_fast.solvers.one_step import Step, step_update
+from inpo_fast.solvers.program import Stages
 from tests.solvers.oracle import interpret, raw_output, run, sample, start
 from tests.solvers.strategies import SCALED_LINEAR
 
@@ -310,3 +321,170 @@ def test_every_prediction_type_of_one_model_gives_one_trajectory(kind):
             reference = ends.setdefault(solver, end)
             # roundings of x̂ and ε̂, some eps/α, carried through a smooth model
             assert np.abs(end - reference).max() <= 1e-11 * np.abs(reference).max()
+
+
+# --- diffusers' other schedulers ----------------------------------------------------------------
+
+FLOAT32 = np.finfo(np.float32).eps
+
+
+def diffusers_run(scheduler, model, z, scale=lambda z, sigma: z) -> np.ndarray:
+    """A whole run of a scheduler in float64 beside its float32 tables, the end."""
+    sample = torch.from_numpy(z)
+    for index, t in enumerate(scheduler.timesteps):
+        seen = scale(sample, float(scheduler.sigmas[index]))
+        output = torch.from_numpy(model(seen.numpy(), float(t)))
+        sample = scheduler.step(output, t, sample).prev_sample
+    return sample.double().numpy()
+
+
+def program_run(program, schedule, model, z) -> np.ndarray:
+    return sample(program, run(program, by_node(schedule, model), start(program, z)))
+
+
+FLOWS = {
+    "plain": ({}, {}),
+    "shift": ({"shift": 3.0}, {}),
+    "dynamic": ({"use_dynamic_shifting": True}, {"mu": 1.15}),
+    "terminal": ({"shift_terminal": 0.1, "use_dynamic_shifting": True}, {"mu": 0.8}),
+    "sigmas": ({"shift": 2.0}, {"sigmas": np.linspace(1, 1 / 12, 12).tolist()}),
+    "karras": ({"use_karras_sigmas": True}, {}),
+}
+
+
+@pytest.mark.parametrize(("config", "options"), FLOWS.values(), ids=FLOWS)
+def test_euler_equals_diffusers_on_a_rectified_flow(config, options):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    count = () if "sigmas" in options else (12,)
+    schedule = NoiseSchedule.from_diffusers(scheduler, *count, **options)
+    scheduler.set_timesteps(*count, device="cpu", **options)
+    np.testing.assert_array_equal(schedule.sigma[::-1], scheduler.sigmas.double().numpy())
+    z = np.random.default_rng(1).normal(size=16)
+    expected = diffusers_run(scheduler, nonlinear(), z)
+    program = ddim(schedule)
+    states = list(interpret(program, by_node(schedule, nonlinear()), start(program, z)))
+    size = max(np.abs(t).max() for state in states for t in state if t is not None)
+    # `step` computes in float32: a rounding of the state and of the time a step, carried by a
+    # smooth model
+    assert np.abs(sample(program, states[-1]) - expected).max() <= 4 * 12 * FLOAT32 * size
+    for solver in (bdia, obelm, edict, mccallum_foster):
+        end = program_run(solver(schedule), schedule, nonlinear(), z)
+        # other solvers of the same equation: near by, with 12 steps
+        assert 1e-6 < np.abs(end - expected).max() < 2.0
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_heun_equals_diffusers(kind):
+    scheduler = diffusers.HeunDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind
+    )
+    scheduler.set_timesteps(10)
+    times = [round(float(t)) for t in scheduler.timesteps[1::2]]
+    times = [round(float(scheduler.timesteps[0])), *times]
+    table = scheduler.alphas_cumprod.double().numpy()
+    schedule = NoiseSchedule.from_alphas_cumprod(table, timesteps=times, prediction_type=kind)
+    program = heun(schedule)
+    assert len(scheduler.timesteps) == program.model_calls == 19
+    z = np.random.default_rng(1).normal(size=16)
+    # k-diffusion's unit, z/α, which the model sees multiplied by α
+    expected = diffusers_run(
+        scheduler, nonlinear(), z / schedule.alpha[-1], lambda z, sigma: z / np.hypot(1, sigma)
+    )
+    got = program_run(program, schedule, nonlinear(), z)
+    # float32 tables of σ, up to 15 times z
+    assert np.abs(got - expected).max() <= 50 * FLOAT32 * np.abs(z / schedule.alpha[-1]).max()
+
+
+def coarse_step(schedule, i: int, j: int) -> Step:
+    """DPM-Solver++(2S) over the two intervals between the nodes i and j, through the one between
+    them, which is not the midpoint: θ = τ_s/(2 r τ_i)."""
+    s = (i + j) // 2
+    tau, log_snr = schedule.tau, schedule.log_snr
+    r = (log_snr[s] - log_snr[i]) / (log_snr[j] - log_snr[i])
+    theta, h = tau[s] / (2 * r * tau[i]), tau[j] - tau[i]
+    return Step(Stages((i, s), ((), (tau[s] - tau[i],))), ((1 - theta) * h, theta * h))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_dpmpp_2s_equals_diffusers(kind):
+    """diffusers takes its second evaluation at the next node of the grid: laid out so that this is
+    the midpoint in λ, its step is ours; on its own grid it is our formula with its r."""
+    scheduler = diffusers.DPMSolverSinglestepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=kind,
+        solver_order=2,
+        lower_order_final=False,
+        final_sigmas_type="sigma_min",
+    )
+    table = scheduler.alphas_cumprod.double().numpy()
+    z = np.random.default_rng(1).normal(size=16)
+
+    def their_pair(sigmas, times):
+        scheduler.set_timesteps(10)
+        scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
+        scheduler.timesteps = torch.tensor(times)
+        scheduler.order_list = [1, 2]
+        return diffusers_run(scheduler, nonlinear(), z)
+
+    # single steps between two nodes, with the midpoint where `NoiseSchedule.point` has it
+    schedule = NoiseSchedule.from_alphas_cumprod(
+        table, timesteps=[900, 600, 250, 20], prediction_type=kind
+    )
+    program = dpmpp_2s(schedule)
+    for i in (4, 3, 2):
+        points = [schedule.point(node) for node in (i, i - 0.5, i - 1)]
+        times = [float(point.timestep) for point in points[:2]]
+        expected = their_pair([float(p.sigma / p.alpha) for p in points], times)
+        update = program.updates[4 - i]
+        first, second = update.stages
+        model = nonlinear()
+        outputs = [model(first.p * z, times[0])]
+        outputs.append(model(second.p * z + second.q[0] * outputs[0], times[1]))
+        got = update.b * z + first.c * outputs[0] + second.c * outputs[1]
+        assert np.abs(got - expected).max() <= 40 * FLOAT32 * np.abs(z).max()
+
+    # a step over two intervals of the grid, whatever r is
+    points = [schedule.point(node) for node in (4, 3, 2)]
+    expected = their_pair([float(p.sigma / p.alpha) for p in points], [900, 600])
+    update = step_update(schedule, coarse_step, 4, 2)
+    model = nonlinear()
+    outputs = [model(z, 900)]
+    second = update.stages[1]
+    outputs.append(model(second.p * z + second.q[0] * outputs[0], 600))
+    got = update.b * z + update.c * outputs[0] + second.c * outputs[1]
+    assert np.abs(got - expected).max() <= 40 * FLOAT32 * np.abs(z).max()
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("count", [8, 25])
+def test_dpmpp_2m_equals_diffusers(kind, final, count):
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=kind,
+        solver_order=2,
+        algorithm_type="dpmsolver++",
+        solver_type="midpoint",
+        lower_order_final=False,
+        final_sigmas_type=final,
+    )
+    scheduler.set_timesteps(count)
+    table = scheduler.alphas_cumprod.double().numpy()
+    schedule = NoiseSchedule.from_alphas_cumprod(
+        table,
+        timesteps=scheduler.timesteps.tolist(),
+        prediction_type=kind,
+        final_alpha_cumprod=1.0 if final == "zero" else table[0],
+    )
+    z = np.random.default_rng(1).normal(size=16)
+    expected = diffusers_run(scheduler, nonlinear(), z)
+    program = dpmpp_2m(schedule)
+    assert program.model_calls == count
+    got = program_run(program, schedule, nonlinear(), z)
+    # float32 tables of λ, whose differences the coefficients are made of, and x̂ up to z/α
+    size = np.abs(z / schedule.alpha[-1]).max()
+    assert np.abs(got - expected).max() <= 50 * FLOAT32 * size
