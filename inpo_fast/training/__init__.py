@@ -1,5 +1,18 @@
-"""Preference training: where the noisy latents come from."""
+"""Preference training: the pairs, and where the noisy latents come from."""
 
+from .batch import PairBatch
 from .latents import NoisyLatents, ddim_inversion, q_sample
+from .loader import PairData
+from .order import BatchOrder
+from .stored import MemoryPairs, Scaling
 
-__all__ = ["NoisyLatents", "ddim_inversion", "q_sample"]
+__all__ = [
+    "BatchOrder",
+    "MemoryPairs",
+    "NoisyLatents",
+    "PairBatch",
+    "PairData",
+    "Scaling",
+    "ddim_inversion",
+    "q_sample",
+]
