@@ -22,12 +22,22 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "cache": Command(
+        "inpo_fast.training.cache_command",
+        "encode preference pairs once for all later training",
+        extra="train",
+    ),
     "demo": Command(
         "inpo_fast.demo",
         "invert, edit and align with the shipped model, and write a report",
         extra="demo",
     ),
     "env": Command("inpo_fast.environment", "print versions, hardware and backends"),
+    "validate-data": Command(
+        "inpo_fast.training.validate_data",
+        "count pairs, ties, corrupt images and duplicates before training",
+        extra="train",
+    ),
 }
 
 

@@ -38,6 +38,13 @@ class Randomness:
         """Whether both images of the pair are mirrored."""
         return draws.uniform(draws.Purpose.FLIP, self.seed, *pick) < 0.5
 
+    def crop(self, pick: Pick) -> tuple[float, float]:
+        """Where both images are cropped, down and across, each in [0, 1)."""
+        down, across = (
+            draws.uniform(draws.Purpose.CROP, self.seed, *pick, axis) for axis in (0, 1)
+        )
+        return down, across
+
     def drop_caption(self, pick: Pick) -> bool:
         drawn = draws.uniform(draws.Purpose.EMPTY_PROMPT, self.seed, *pick)
         return drawn < self.proportion_empty_prompts

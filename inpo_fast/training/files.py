@@ -1,0 +1,35 @@
+"""Files that are there completely or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+def write_json(path: Path, content: Any) -> None:
+    _replace(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file."""
+    from safetensors.torch import save_file
+
+    _replace(path, lambda part: save_file(dict(tensors), part, metadata=dict(metadata)))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `path`, force it to the disk, rename; a full disk leaves nothing behind."""
+    part = path.with_name(path.name + ".tmp")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,52 @@
+"""Counts of a source before any GPU is rented: `inpo-fast validate-data`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from tqdm.auto import tqdm
+
+from . import options
+from .examine import Report, Rules, examine
+from .pairs import DataError
+from .sources import IndexedSource, Source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_data_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the counts; 0, or 1 where there is nothing to train on."""
+    try:
+        # mirrored or not, the counts are the same
+        rules = options.rules(arguments, no_hflip=True)
+        report = validate(options.opened(arguments), rules, num_workers=arguments.num_workers)
+    except DataError as error:
+        print(f"inpo-fast validate-data: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps({"source": arguments.source, **report.to_json()}, indent=2))
+    else:
+        print(report.text())
+    if report.pairs == 0:
+        print("inpo-fast validate-data: no pair can be used", file=sys.stderr)
+        return 1
+    return 0
+
+
+def validate(source: Source, rules: Rules, *, num_workers: int = 0) -> Report:
+    """Decode every image of a source and count.
+
+    Raises:
+        DataError: see `pairs.pair_of`.
+    """
+    report, seen = Report(), set[bytes]()
+    findings = examine(source, rules, num_workers=num_workers)
+    total = len(source) if isinstance(source, IndexedSource) else None
+    for found in tqdm(findings, total=total, desc="Pairs", unit="row"):
+        report.add(found, rules.preprocess, seen)
+    return report
