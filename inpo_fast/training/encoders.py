@@ -116,7 +116,7 @@ class Encoders:
     """
 
     def __init__(self, pipeline: Any) -> None:
-        """Take the parts of a loaded pipeline, whose denoiser may be missing.
+        """Take the parts of a loaded pipeline, whose denoiser may be missing, and freeze them.
 
         Raises:
             DataError: a pipeline of an unsupported family.
@@ -126,6 +126,10 @@ class Encoders:
             raise DataError(f"the pipeline must be one of {', '.join(FAMILIES)}, got {name}")
         self.family = FAMILIES[name]
         self.vae = pipeline.vae
+        for name, part in pipeline.components.items():
+            if name.startswith(("vae", "text_encoder")) and part is not None:
+                # attention chooses its kernel, and so the last bits, by requires_grad too
+                part.requires_grad_(False).eval()
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.to(torch.float32)
         self.scaling = Scaling.of(self.vae.config)
@@ -154,9 +158,6 @@ class Encoders:
             )
         except (OSError, ValueError) as error:
             raise DataError(f"the encoders of {files.folder} cannot be loaded: {error}") from error
-        for part in pipeline.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval()
         return cls(pipeline.to(device))
 
     @property

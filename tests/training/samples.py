@@ -105,7 +105,11 @@ def save_pipeline(folder, *, xl=False, seed=0, **vae_options):
         "attention_head_dim": 2,
     }
     tokenizer = CLIPTokenizer.from_pretrained(model_path() / "tokenizer")
-    parts = {"vae": vae, "tokenizer": tokenizer, "scheduler": DDIMScheduler()}
+    parts = {
+        "vae": vae,
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+    }
     if xl:
         unet = UNet2DConditionModel(
             **blocks,
