@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..training.images import decode, to_unit
 from ..training.latents import inversion_depth
+from ..training.pairs import DataError, Ties, pair_of
+from ..training.sources import open_source
 from .pipeline import DemoError, Pipeline
 
 
@@ -89,33 +91,23 @@ def load_pairs(path: Path, pipeline: Pipeline, wanted: int, seed: int) -> Pairs:
     Raises:
         DemoError: the table is missing or cannot be read.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        columns = ["jpg_0", "jpg_1", "label_0", "caption"]
-        table = pq.read_table(path, columns=columns).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+        source = open_source(path)
+        read = (pair_of(record, row, Ties("drop")) for row, record in source.records())
+        pairs = [pair for pair in read if pair is not None]
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+        pairs = [pairs[i] for i in order[:wanted].tolist()]
+        winners = torch.stack([_pixels(pair.winner) for pair in pairs])
+        losers = torch.stack([_pixels(pair.loser) for pair in pairs])
+    except DataError as error:
         raise DemoError(f"no preference pairs can be read from {path}: {error}") from error
-    rows = [row for row in table if row["label_0"] != 0.5]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    rows = [rows[i] for i in order[:wanted].tolist()]
-    winners, losers = [], []
-    for row in rows:
-        first, second = (_decode_jpeg(row[column]) for column in ("jpg_0", "jpg_1"))
-        winners.append(first if row["label_0"] == 1 else second)
-        losers.append(second if row["label_0"] == 1 else first)
     return Pairs(
-        pipeline.encode(torch.stack(winners)),
-        pipeline.encode(torch.stack(losers)),
-        pipeline.embed([row["caption"] for row in rows]),
+        pipeline.encode(winners),
+        pipeline.encode(losers),
+        pipeline.embed([pair.caption for pair in pairs]),
     )
 
 
-def _decode_jpeg(data: bytes) -> Tensor:
+def _pixels(data: bytes) -> Tensor:
     """[3, H, W] float32 in [-1, 1]."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as picture:
-        pixels = np.array(picture.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    return to_unit(torch.from_numpy(np.array(decode(data))).permute(2, 0, 1))
