@@ -15,7 +15,16 @@ import torch
 from inpo_fast import ops
 from inpo_fast._version import __version__
 
-PACKAGES = ("torch", "numpy", "triton", "diffusers", "transformers", "accelerate", "peft")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+)
 
 
 def versions() -> dict[str, str | None]:

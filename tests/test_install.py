@@ -34,7 +34,7 @@ def test_import_touches_no_optional_package_and_starts_no_compiler(tmp_path):
 import subprocess, sys
 import numpy, torch
 
-OPTIONAL = set("accelerate diffusers safetensors tqdm transformers triton".split())
+OPTIONAL = set("accelerate datasets diffusers pyarrow safetensors tqdm transformers triton".split())
 
 class Forbidden:
     # RuntimeError, so that an import inside `try ... except ImportError` is found too.

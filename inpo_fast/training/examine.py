@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from .images import Preprocess, Size, decode
 from .pairs import CorruptImage, DataError, Ties, is_tie, pair_of
@@ -133,6 +134,37 @@ class _Rows(Dataset[Any]):
         except DataError as error:
             # raised here it would reach the user as a worker's traceback
             return error
+
+
+class Catalogue(NamedTuple):
+    """The usable pairs of a source: their rows, their buckets, and the counts of the pass."""
+
+    rows: list[int]
+    buckets: list[int]
+    report: Report
+
+    @classmethod
+    def of(
+        cls, source: Source, rules: Rules, *, num_workers: int = 0, progress: bool = True
+    ) -> Catalogue:
+        """Decode every image of a source once.
+
+        Args:
+            source, rules, num_workers: see `examine`.
+            progress: show a bar.
+
+        Raises:
+            DataError: see `pairs.pair_of`.
+        """
+        found, seen = cls([], [], Report()), set[bytes]()
+        findings = examine(source, rules, num_workers=num_workers)
+        total = len(source) if isinstance(source, IndexedSource) else None
+        for finding in tqdm(findings, total=total, desc="Pairs", unit="row", disable=not progress):
+            found.report.add(finding, rules.preprocess, seen)
+            if finding.pair is not None:
+                found.rows.append(finding.row)
+                found.buckets.append(finding.pair.bucket)
+        return found
 
 
 @dataclass

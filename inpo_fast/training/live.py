@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from .batch import PairBatch
 from .encoders import Encoders
-from .examine import Report, Rules, examine
+from .examine import Catalogue, Rules
 from .images import decode
 from .loader import PairData, Randomness
 from .order import Pick
@@ -24,21 +23,29 @@ from .stored import Sample, collate
 class LivePairs(PairData):
     """The usable pairs of a source, encoded batch by batch.
 
-    All images are decoded once when it is made: so the batches of every step are known, corrupt
-    pairs are out, and a run can be resumed at any step.
+    All images are decoded once beforehand: so the batches of every step are known, corrupt pairs
+    are out, and a run can be resumed at any step.
 
     Args:
         source: see `sources.open_source`; a stream has no random access and must be cached first.
         rules: preprocessing and ties.
         encoders: they stay in memory.
-        num_workers: processes of the first pass.
+        catalogue: of the source under the same rules, for ranks that get it from the first one;
+            None makes it here.
+        num_workers: processes of that pass.
 
     Raises:
         DataError: no pair can be used, or see `pairs.pair_of`.
     """
 
     def __init__(
-        self, source: Source, rules: Rules, encoders: Encoders, *, num_workers: int = 0
+        self,
+        source: Source,
+        rules: Rules,
+        encoders: Encoders,
+        *,
+        catalogue: Catalogue | None = None,
+        num_workers: int = 0,
     ) -> None:
         if not isinstance(source, IndexedSource):
             raise DataError(
@@ -46,27 +53,19 @@ class LivePairs(PairData):
                 f"(inpo-fast cache) and train from that"
             )
         self._source, self._rules, self._encoders = source, rules, encoders
-        self.report = Report()
-        """Counts of the first pass."""
-        self._rows: list[int] = []
-        self._buckets: list[int] = []
-        seen: set[bytes] = set()
-        findings = examine(source, rules, num_workers=num_workers)
-        for found in tqdm(findings, total=len(source), desc="Pairs", unit="row"):
-            self.report.add(found, rules.preprocess, seen)
-            if found.pair is not None:
-                self._rows.append(found.row)
-                self._buckets.append(found.pair.bucket)
-        if not self._rows:
+        if catalogue is None:
+            catalogue = Catalogue.of(source, rules, num_workers=num_workers)
+        self.catalogue, self.report = catalogue, catalogue.report
+        if not catalogue.rows:
             raise DataError(f"{source.name} has no usable pair:\n{self.report.text()}")
         self._captions: dict[str, dict[str, Tensor]] = {"": encoders.text("")}
 
     @property
     def buckets(self) -> Sequence[int]:
-        return self._buckets
+        return self.catalogue.buckets
 
     def _items(self, randomness: Randomness) -> Dataset[Any]:
-        return _Views(self._source, self._rules, self._rows, self._buckets, randomness)
+        return _Views(self._source, self._rules, self.catalogue, randomness)
 
     @staticmethod
     def _collate(items: list[Any]) -> list[_Item]:
@@ -106,15 +105,14 @@ class _Views(Dataset[Any]):
         self,
         source: IndexedSource,
         rules: Rules,
-        rows: list[int],
-        buckets: list[int],
+        catalogue: Catalogue,
         randomness: Randomness,
     ) -> None:
-        self.source, self.rules, self.rows, self.buckets = source, rules, rows, buckets
+        self.source, self.rules, self.catalogue = source, rules, catalogue
         self.randomness = randomness
 
     def __getitem__(self, pick: Pick) -> _Item:
-        row, bucket = self.rows[pick.position], self.buckets[pick.position]
+        row, bucket = (part[pick.position] for part in self.catalogue[:2])
         preprocess = self.rules.preprocess
         pair = pair_of(self.source.record(row), row, self.rules.ties)
         if pair is None:

@@ -22,6 +22,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--streaming", action="store_true", help="read a named data set as a stream"
     )
+    parser.add_argument("--max_train_samples", type=int, metavar="N", help="only the first N rows")
     parser.add_argument(
         "--resolution",
         type=int,
@@ -57,7 +58,12 @@ def opened(arguments: argparse.Namespace) -> Source:
     Raises:
         DataError: see `open_source`.
     """
-    return open_source(arguments.source, split=arguments.split, streaming=arguments.streaming)
+    return open_source(
+        arguments.source,
+        split=arguments.split,
+        streaming=arguments.streaming,
+        max_samples=arguments.max_train_samples,
+    )
 
 
 def rules(arguments: argparse.Namespace, *, no_hflip: bool) -> Rules:

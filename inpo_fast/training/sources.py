@@ -127,6 +127,21 @@ class PairFolders(IndexedSource):
         return dict(zip(CHOSEN, (text, winner, loser), strict=True))
 
 
+class FirstRows(IndexedSource):
+    """The first rows of another source."""
+
+    def __init__(self, source: IndexedSource, count: int) -> None:
+        self.name = source.name
+        self.fingerprint = _digest([source.fingerprint, count])
+        self._source, self._count = source, count
+
+    def __len__(self) -> int:
+        return min(self._count, len(self._source))
+
+    def record(self, row: int) -> Record:
+        return self._source.record(row)
+
+
 class DatasetRows(IndexedSource):
     """A `datasets.Dataset`."""
 
@@ -152,6 +167,9 @@ class DatasetStream(Source):
         self._dataset = _undecoded(dataset)
         self.fingerprint = _digest([name, "stream"])
 
+    def first(self, count: int) -> DatasetStream:
+        return DatasetStream(self._dataset.take(count), f"{self.name} up to row {count}")
+
     def records(self, start: int = 0) -> Iterator[tuple[int, Record]]:
         for row, record in enumerate(self._dataset.skip(start), start):
             columns = columns_of(record, self.name)
@@ -159,7 +177,11 @@ class DatasetStream(Source):
 
 
 def open_source(
-    source: str | PathLike[str] | Any, *, split: str | None = None, streaming: bool = False
+    source: str | PathLike[str] | Any,
+    *,
+    split: str | None = None,
+    streaming: bool = False,
+    max_samples: int | None = None,
 ) -> Source:
     """Open a source of preference pairs.
 
@@ -169,11 +191,13 @@ def open_source(
             `datasets.load_dataset` knows.
         split: of a folder or name that has several.
         streaming: read a name as a stream instead of downloading it first.
+        max_samples: only so many rows, the first; None takes all.
 
     Raises:
         DataError: no such file or data set, columns missing, several splits and none chosen, no
             rows.
     """
+    opened: IndexedSource | DatasetStream
     if isinstance(source, (str, PathLike)):
         path = Path(source)
         if path.exists():
@@ -192,10 +216,16 @@ def open_source(
         opened = _wrap(source, "the data set")
     if isinstance(opened, IndexedSource) and len(opened) == 0:
         raise DataError(f"{opened.name} has no rows")
-    return opened
+    if max_samples is None:
+        return opened
+    if max_samples < 1:
+        raise DataError(f"max_samples must be at least 1, got {max_samples}")
+    if isinstance(opened, IndexedSource):
+        return FirstRows(opened, max_samples)
+    return opened.first(max_samples)
 
 
-def _open_path(path: Path, split: str | None) -> Source:
+def _open_path(path: Path, split: str | None) -> IndexedSource:
     if path.is_file():
         _no_split(path, split)
         if path.suffix not in (".parquet", ".arrow"):
@@ -253,7 +283,7 @@ def _is_name(source: str) -> bool:
     )
 
 
-def _load(name: str, split: str, streaming: bool) -> Source:
+def _load(name: str, split: str, streaming: bool) -> IndexedSource | DatasetStream:
     import datasets
 
     try:
@@ -264,7 +294,7 @@ def _load(name: str, split: str, streaming: bool) -> Source:
         raise DataError(f"the data set {name} (split {split}) cannot be loaded: {error}") from error
 
 
-def _wrap(dataset: Any, name: str) -> Source:
+def _wrap(dataset: Any, name: str) -> IndexedSource | DatasetStream:
     import datasets
 
     if isinstance(dataset, datasets.Dataset):

@@ -6,12 +6,9 @@ import argparse
 import json
 import sys
 
-from tqdm.auto import tqdm
-
 from . import options
-from .examine import Report, Rules, examine
+from .examine import Catalogue
 from .pairs import DataError
-from .sources import IndexedSource, Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +21,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         # mirrored or not, the counts are the same
         rules = options.rules(arguments, no_hflip=True)
-        report = validate(options.opened(arguments), rules, num_workers=arguments.num_workers)
+        source = options.opened(arguments)
+        report = Catalogue.of(source, rules, num_workers=arguments.num_workers).report
     except DataError as error:
         print(f"inpo-fast validate-data: {error}", file=sys.stderr)
         return 1
@@ -36,17 +34,3 @@ def run(arguments: argparse.Namespace) -> int:
         print("inpo-fast validate-data: no pair can be used", file=sys.stderr)
         return 1
     return 0
-
-
-def validate(source: Source, rules: Rules, *, num_workers: int = 0) -> Report:
-    """Decode every image of a source and count.
-
-    Raises:
-        DataError: see `pairs.pair_of`.
-    """
-    report, seen = Report(), set[bytes]()
-    findings = examine(source, rules, num_workers=num_workers)
-    total = len(source) if isinstance(source, IndexedSource) else None
-    for found in tqdm(findings, total=total, desc="Pairs", unit="row"):
-        report.add(found, rules.preprocess, seen)
-    return report

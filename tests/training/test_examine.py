@@ -5,10 +5,9 @@ import json
 import pytest
 
 from inpo_fast import cli
-from inpo_fast.training.examine import Report, Rules, examine
+from inpo_fast.training.examine import Catalogue, Report, Rules, examine
 from inpo_fast.training.pairs import DataError, Ties
 from inpo_fast.training.sources import open_source
-from inpo_fast.training.validate_data import validate
 from tests.training import samples
 
 FLAGS = ["--aspect_ratio_buckets", "16,24;24,16"]
@@ -33,7 +32,7 @@ def check(report, *, ties="drop"):
 
 @pytest.mark.parametrize("ties", ["drop", "soft", "random"])
 def test_counts(path, ties):
-    report = validate(open_source(path), Rules(samples.BUCKETS, Ties(ties)))
+    report = Catalogue.of(open_source(path), Rules(samples.BUCKETS, Ties(ties))).report
     check(report, ties=ties)
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
 
@@ -49,7 +48,9 @@ def test_two_spawned_workers_find_the_same_in_order(path):
 def test_a_stream_counts_the_same(path):
     datasets = pytest.importorskip("datasets")
     stream = datasets.Dataset.from_list(samples.mixed_rows()).to_iterable_dataset()
-    check(validate(open_source(stream), Rules(samples.BUCKETS)))
+    catalogue = Catalogue.of(open_source(stream), Rules(samples.BUCKETS))
+    check(catalogue.report)
+    assert catalogue.rows == [0, 1, 4, 5, 6, 8, 9] and catalogue.buckets == [0, 0, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

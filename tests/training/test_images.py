@@ -113,6 +113,7 @@ def test_other_modes_become_rgb(mode):
     assert image.mode == "RGB" and image.size == (3, 2)
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_every_truncation_is_corrupt_and_nothing_else_is_raised(kind):
     whole = samples.encoded(0, (40, 40), kind)

@@ -77,6 +77,19 @@ def test_a_stream_is_read_in_order_and_can_start_anywhere():
     assert list(source.records(3)) == [(3, ROWS[3]), (4, ROWS[4])]
 
 
+def test_the_first_rows_only(tmp_path):
+    whole = open_source(samples.write_parquet(tmp_path / "a.parquet", ROWS))
+    source = open_source(tmp_path / "a.parquet", max_samples=3)
+    assert len(source) == 3 and records(source) == ROWS[:3]
+    assert source.fingerprint != whole.fingerprint
+    assert len(open_source(tmp_path / "a.parquet", max_samples=30)) == 5
+    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    assert records(open_source(stream, max_samples=3)) == ROWS[:3]
+    assert list(open_source(stream, max_samples=3).records(2)) == [(2, ROWS[2])]
+    with pytest.raises(DataError, match="max_samples must be at least 1, got 0"):
+        open_source(stream, max_samples=0)
+
+
 def test_a_generator_stream_of_decoded_images():
     def generate():
         for row in ROWS:
