@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,30 @@ class Family:
     Attributes:
         outputs: names of the conditioning, and where `encode_prompt` returns them.
         arguments: of `encode_prompt`.
+        denoiser: its name in the pipeline.
         time_ids: whether the denoiser is told sizes and crops.
     """
 
     outputs: Mapping[str, int]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any]
+    denoiser: str
     time_ids: bool = False
 
 
 _ONCE = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
 
 FAMILIES = {
-    "StableDiffusionPipeline": Family({"prompt_embeds": 0}, _ONCE),
+    "StableDiffusionPipeline": Family({"prompt_embeds": 0}, _ONCE, "unet"),
     "StableDiffusionXLPipeline": Family(
-        {"prompt_embeds": 0, "pooled_prompt_embeds": 2}, _ONCE, time_ids=True
+        {"prompt_embeds": 0, "pooled_prompt_embeds": 2}, _ONCE, "unet", time_ids=True
+    ),
+    "StableDiffusion3Pipeline": Family(
+        {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
+        {"prompt_2": None, "prompt_3": None, **_ONCE},
+        "transformer",
+    ),
+    "FluxPipeline": Family(
+        {"prompt_embeds": 0, "pooled_prompt_embeds": 1}, {"prompt_2": None}, "transformer"
     ),
 }
 """By the pipeline's class in model_index.json."""
@@ -119,7 +129,7 @@ class Encoders:
         """Take the parts of a loaded pipeline, whose denoiser may be missing, and freeze them.
 
         Raises:
-            DataError: a pipeline of an unsupported family.
+            DataError: a pipeline of an unsupported family, or without one of its encoders.
         """
         name = type(pipeline).__name__
         if name not in FAMILIES:
@@ -127,7 +137,9 @@ class Encoders:
         self.family = FAMILIES[name]
         self.vae = pipeline.vae
         for name, part in pipeline.components.items():
-            if name.startswith(("vae", "text_encoder")) and part is not None:
+            if name.startswith(("vae", "text_encoder")):
+                if part is None:
+                    raise DataError(f"the pipeline must have its {name}, got None")
                 # attention chooses its kernel, and so the last bits, by requires_grad too
                 part.requires_grad_(False).eval()
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
@@ -150,11 +162,12 @@ class Encoders:
         """
         from diffusers import AutoencoderKL, DiffusionPipeline
 
+        without_denoiser = {FAMILIES[files.family].denoiser: None}
         options = {"dtype": dtype, "variant": files.variant, "local_files_only": True}
         try:
             vae = AutoencoderKL.from_pretrained(str(files.vae), **options)
             pipeline = DiffusionPipeline.from_pretrained(
-                str(files.folder), vae=vae, unet=None, scheduler=None, **options
+                str(files.folder), vae=vae, scheduler=None, **without_denoiser, **options
             )
         except (OSError, ValueError) as error:
             raise DataError(f"the encoders of {files.folder} cannot be loaded: {error}") from error
@@ -208,7 +221,7 @@ def _fetch_pipeline(name: str | PathLike[str], revision: str | None, variant: st
     try:
         # the denoiser is not needed here
         fetched = DiffusionPipeline.download(
-            _hub_name(name), revision=revision, variant=variant, unet=None
+            _hub_name(name), revision=revision, variant=variant, unet=None, transformer=None
         )
     # the hub's errors have no common type but these
     except (OSError, ValueError) as error:

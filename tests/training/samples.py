@@ -59,31 +59,19 @@ BUCKETS = Preprocess(((16, 24), (24, 16)))
 DROP = Ties("drop")
 
 
-def save_pipeline(folder, *, xl=False, seed=0, **vae_options):
-    """A Stable Diffusion or SDXL pipeline with random weights that uses the shipped tokenizer."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-    )
+def vae_blocks():
+    return {
+        "block_out_channels": (4, 4, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "norm_num_groups": 4,
+    }
 
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        **vae_options,
-    )
-    text = CLIPTextConfig(
+
+def clip_config():
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
         vocab_size=288,
         hidden_size=16,
         intermediate_size=16,
@@ -95,6 +83,25 @@ def save_pipeline(folder, *, xl=False, seed=0, **vae_options):
         eos_token_id=287,
         pad_token_id=287,
     )
+
+
+def save_pipeline(folder, *, xl=False, seed=0, **vae_options):
+    """A Stable Diffusion or SDXL pipeline with random weights that uses the shipped tokenizer."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import (
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(**vae_blocks(), **vae_options)
     blocks = {
         "sample_size": 2,
         "block_out_channels": (8,),
@@ -120,19 +127,74 @@ def save_pipeline(folder, *, xl=False, seed=0, **vae_options):
         )
         pipe = StableDiffusionXLPipeline(
             **parts,
-            text_encoder=CLIPTextModel(text),
-            text_encoder_2=CLIPTextModelWithProjection(text),
+            text_encoder=CLIPTextModel(clip_config()),
+            text_encoder_2=CLIPTextModelWithProjection(clip_config()),
             tokenizer_2=tokenizer,
             unet=unet,
         )
     else:
         pipe = StableDiffusionPipeline(
             **parts,
-            text_encoder=CLIPTextModel(text),
+            text_encoder=CLIPTextModel(clip_config()),
             unet=UNet2DConditionModel(**blocks, cross_attention_dim=16),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_transformer_pipeline(folder, kind):
+    """The encoders of a Stable Diffusion 3 or FLUX pipeline with random weights, no denoiser."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxPipeline,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import (
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5Tokenizer,
+    )
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        **vae_blocks(),
+        latent_channels=16,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=30, d_model=40, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    t5_tokenizer = T5Tokenizer(vocab=vocabulary + letters, extra_ids=0)
+    clip_tokenizer = CLIPTokenizer.from_pretrained(model_path() / "tokenizer")
+    parts = {"vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": None}
+    parts |= {"tokenizer": clip_tokenizer}
+    if kind == "sd3":
+        pipe = StableDiffusion3Pipeline(
+            **parts,
+            text_encoder=CLIPTextModelWithProjection(clip_config()),
+            text_encoder_2=CLIPTextModelWithProjection(clip_config()),
+            tokenizer_2=clip_tokenizer,
+            text_encoder_3=t5,
+            tokenizer_3=t5_tokenizer,
+        )
+    else:
+        pipe = FluxPipeline(
+            **parts,
+            text_encoder=CLIPTextModel(clip_config()),
+            text_encoder_2=t5,
+            tokenizer_2=t5_tokenizer,
         )
     pipe.save_pretrained(folder)
     return folder

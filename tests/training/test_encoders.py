@@ -69,6 +69,53 @@ def test_text_of_sdxl(sdxl, caption):
     assert torch.equal(got["pooled_prompt_embeds"], states[1].text_embeds[0])
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_transformer_families(kind, tmp_path):
+    """CLIP's and T5's embeddings as the pipelines join them, and a shifted latent space."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, T5Tokenizer
+
+    folder = samples.save_transformer_pipeline(tmp_path, kind)
+    encoders = load(folder)
+    got = encoders.text("a red circle")
+    assert got.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
+    last, length = ("3", 256) if kind == "sd3" else ("2", 512)
+    tokenizer = T5Tokenizer.from_pretrained(folder / f"tokenizer_{last}")
+    options = {"padding": "max_length", "max_length": length, "return_tensors": "pt"}
+    t5 = T5EncoderModel.from_pretrained(folder / f"text_encoder_{last}").requires_grad_(False)
+    states = t5(tokenizer(["a red circle"], **options).input_ids)[0][0]
+    ids = tokens("a red circle")
+    if kind == "flux":
+        clip = CLIPTextModel.from_pretrained(folder / "text_encoder").requires_grad_(False)
+        assert torch.equal(got["prompt_embeds"], states)
+        assert torch.equal(got["pooled_prompt_embeds"], clip(ids).pooler_output[0])
+    else:
+        parts = [
+            CLIPTextModelWithProjection.from_pretrained(folder / name).requires_grad_(False)
+            for name in ("text_encoder", "text_encoder_2")
+        ]
+        outputs = [part(ids, output_hidden_states=True) for part in parts]
+        joined = torch.cat([output.hidden_states[-2][0] for output in outputs], dim=-1)
+        # CLIP's 2·16 channels are padded to the 40 of T5
+        assert torch.equal(got["prompt_embeds"][:24, :32], joined)
+        assert not got["prompt_embeds"][:24, 32:].any()
+        assert torch.equal(got["prompt_embeds"][24:], states)
+        pooled = torch.cat([output.text_embeds[0] for output in outputs])
+        assert torch.equal(got["pooled_prompt_embeds"], pooled)
+    mean, std = encoders.posterior(PIXELS, 0)
+    assert mean.shape == (2, 16, 2, 3)
+    latents = encoders.scaling.sample(mean, std, torch.zeros_like(mean))
+    assert torch.equal(latents, (mean - 0.06) * 1.5)
+    assert not encoders.family.time_ids
+
+
+def test_a_pipeline_without_one_of_its_encoders(sdxl):
+    files = ModelFiles.find(sdxl)
+    pipeline = Encoders.load(files)._pipeline
+    pipeline.text_encoder_2 = None
+    with pytest.raises(DataError, match="must have its text_encoder_2, got None"):
+        Encoders(pipeline)
+
+
 def test_no_denoiser_is_loaded(sd, tmp_path):
     folder = shutil.copytree(sd, tmp_path / "model")
     for weights in (folder / "unet").glob("*.safetensors"):
