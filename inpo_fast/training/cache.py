@@ -3,7 +3,7 @@
 A folder holds
 
     key.json                  what the cache is of; written first
-    shard-00000.safetensors   pairs in source order, new captions, and the counts so far
+    shard-00000.safetensors   pairs in source order, new captions, counts of the rows it covers
     index.json                written last: without it the cache is unfinished
 
 A shard is written to a temporary name and renamed, and says at which row the next one starts, so an
@@ -161,17 +161,21 @@ class CacheWriter:
         shard = _Shard(state, encoders, self.dtype)
         with tqdm(total=total, initial=state.next_row, desc="Cache", unit="row") as bar:
             for found in findings:
-                state.report.add(found, self.rules.preprocess, state.seen)
+                shard.report.add(found, self.rules.preprocess, state.seen)
                 state.next_row = found.row + 1
                 if found.pair is not None:
                     shard.add(found.row, found.pair)
                 if len(shard) == shard_size:
                     shard.save(self.folder)
                     shard = _Shard(state, encoders, self.dtype)
-                bar.set_postfix(corrupt=len(state.report.corrupt), refresh=False)
+                corrupt = len(state.report.corrupt) + len(shard.report.corrupt)
+                bar.set_postfix(corrupt=corrupt, refresh=False)
                 bar.update()
         if len(shard):
             shard.save(self.folder)
+        else:
+            # rows after the last pair: their counts go into the index alone
+            state.report.merge(shard.report)
 
 
 class _State:
@@ -191,7 +195,7 @@ class _State:
             state.shards += 1
             meta = opened.meta
             state.next_row = meta["next_row"]
-            state.report = Report.from_json(meta["report"])
+            state.report.merge(Report.from_json(meta["report"]))
             for caption in meta["captions"]:
                 state.captions[caption] = len(state.captions)
             digests = opened.file.get_tensor("digest")
@@ -206,6 +210,7 @@ class _Shard:
         self.state, self.encoders, self.dtype = state, encoders, dtype
         self.tensors: dict[str, Tensor] = {}
         self.captions: list[str] = []
+        self.report = Report()
         self.rows: dict[str, list[Any]] = {
             name: [] for name in ("row", "bucket", "caption", "label", "time_ids", "digest")
         }
@@ -263,11 +268,12 @@ class _Shard:
         meta = {
             "next_row": self.state.next_row,
             "captions": self.captions,
-            "report": self.state.report.to_json(),
+            "report": self.report.to_json(),
         }
         path = folder / _shard_name(self.state.shards)
         write_tensors(path, tensors, {"inpo_fast": json.dumps(meta)})
         self.state.shards += 1
+        self.state.report.merge(self.report)
 
 
 class _Opened(NamedTuple):

@@ -210,6 +210,14 @@ class Report:
         self.buckets[_written(preprocess.buckets[pair.bucket])] += 1
         self.caption_lengths[len(pair.caption)] += 1
 
+    def merge(self, later: Report) -> None:
+        """Add the counts of rows that come after."""
+        for name, value in vars(later).items():
+            if isinstance(value, dict):
+                getattr(self, name).update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "rows": self.rows,

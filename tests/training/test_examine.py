@@ -37,6 +37,15 @@ def test_counts(path, ties):
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
+def test_counts_of_parts_add_up(path):
+    source, rules = open_source(path), Rules(samples.BUCKETS)
+    whole, parts, seen = Catalogue.of(source, rules).report, [Report(), Report()], set()
+    for found in examine(source, rules):
+        parts[found.row >= 4].add(found, rules.preprocess, seen)
+    parts[0].merge(parts[1])
+    assert parts[0] == whole
+
+
 def test_two_spawned_workers_find_the_same_in_order(path):
     source, rules = open_source(path), Rules(samples.BUCKETS)
     here = list(examine(source, rules, start=1))
