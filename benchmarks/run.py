@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-BENCHMARKS = ("ops", "loop")
+BENCHMARKS = ("levers", "loop", "ops")
 
 
 def line(row: common.Row) -> str:

@@ -102,9 +102,15 @@ struct Halves {
   double high, low;
 };
 
-// buffer / v and what remains.
+// buffer / v and what remains. kSmall: the buffer is below 2^32, where the high half is none.
+template <bool kSmall>
 INPO_INLINE Halves divide_buffer(uint64_t buffer, const Divisor& v, double& remainder) {
   Halves quotient;
+  if constexpr (kSmall) {
+    quotient.high = 0.0;
+    quotient.low = divide(to_double(buffer), v, remainder);
+    return quotient;
+  }
   quotient.high = divide(to_double(buffer >> 32), v, remainder);
   const double low = remainder * 0x1p32 + to_double(buffer & 0xffffffffu);
   quotient.low = divide(low, v, remainder);
@@ -112,35 +118,39 @@ INPO_INLINE Halves divide_buffer(uint64_t buffer, const Divisor& v, double& rema
 }
 
 // x * v + digit.
+template <bool kSmall>
 INPO_INLINE uint64_t join_buffer(const Halves& x, const Divisor& v, double digit) {
-  return (to_bits(x.high * v.value) << 32) + (to_bits(x.low * v.value + digit) & 0xfffffffffffffu);
+  const uint64_t low = to_bits(x.low * v.value + digit) & 0xfffffffffffffu;
+  return kSmall ? low : (to_bits(x.high * v.value) << 32) + low;
 }
 
 // Scales (z, buffer) by p/q <= 1 and returns the new z. |z| <= 2^34; inpo_fast/lattice.py has the
 // equations.
+template <bool kSmall = false>
 INPO_INLINE double contract(double z, uint64_t& buffer, const Divisor& p, const Divisor& q) {
   double digit, rest;
-  const Halves high = divide_buffer(buffer, p, digit);
+  const Halves high = divide_buffer<kSmall>(buffer, p, digit);
   const double quotient = divide(z * p.value, q, rest);
   const double gap = rest == 0.0 ? 0.0 : q.value - rest;
   digit += gap < p.value ? gap : 0.0;
   digit -= digit >= p.value ? p.value : 0.0;
   rest += digit;
   const bool carry = rest >= q.value;
-  buffer = join_buffer(high, q, carry ? rest - q.value : rest);
+  buffer = join_buffer<kSmall>(high, q, carry ? rest - q.value : rest);
   return carry ? quotient + 1.0 : quotient;
 }
 
 // Scales (z, buffer) by q/p >= 1: the inverse of contract.
+template <bool kSmall = false>
 INPO_INLINE double expand(double z, uint64_t& buffer, const Divisor& p, const Divisor& q) {
   double digit, rest;
-  const Halves high = divide_buffer(buffer, q, digit);
+  const Halves high = divide_buffer<kSmall>(buffer, q, digit);
   const double quotient = divide(z * q.value + digit, p, rest);
   double gap = rest - digit;
   gap += gap < 0.0 ? q.value : 0.0;
   digit = rest - (gap < p.value ? gap : 0.0);
   digit += digit < 0.0 ? p.value : 0.0;
-  buffer = join_buffer(high, p, digit);
+  buffer = join_buffer<kSmall>(high, p, digit);
   return quotient;
 }
 

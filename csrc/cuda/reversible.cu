@@ -164,10 +164,21 @@ struct LatticeScaled : Lattice<M, kInverse, kOutputs> {
 
   template <int N>
   __device__ __forceinline__ int32_t store(const Row& row, const Operands<N>& o, int64_t i) const {
+    // Buffers are most often far below their bound, and cost half as much then.
+    uint64_t all = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) all |= static_cast<uint64_t>(o.buffer.lane[k]);
+    if (row.n.value <= row.d.value) {
+      return all >> 32 == 0 ? scale<true, true>(row, o, i) : scale<true, false>(row, o, i);
+    }
+    return all >> 32 == 0 ? scale<false, true>(row, o, i) : scale<false, false>(row, o, i);
+  }
+
+  template <bool kContract, bool kSmall, int N>
+  __device__ __forceinline__ int32_t scale(const Row& row, const Operands<N>& o, int64_t i) const {
     Vector<int32_t, N> out;
     Vector<int64_t, N> buffer_out;
     gpu::Flag out_of_range = 0, nonfinite = 0;
-    const bool contracts = row.n.value <= row.d.value;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const double increment = this->increment(row.coef, o.plain, k);
@@ -180,8 +191,8 @@ struct LatticeScaled : Lattice<M, kInverse, kOutputs> {
         out_of_range |= value == whole ? 0 : 1;
       }
       uint64_t kept = static_cast<uint64_t>(o.buffer.lane[k]);
-      const double scaled = contracts ? gpu::contract(value, kept, row.n, row.d)
-                                      : gpu::expand(value, kept, row.d, row.n);
+      const double scaled = kContract ? gpu::contract<kSmall>(value, kept, row.n, row.d)
+                                      : gpu::expand<kSmall>(value, kept, row.d, row.n);
       buffer_out.lane[k] = static_cast<int64_t>(kept);
       out.lane[k] = gpu::saturate(kInverse ? scaled : scaled + delta, out_of_range);
     }
