@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..training.latents import inversion_depth
+from ..training import inversion_depth
 from .pipeline import DemoError, Pipeline
 
 

@@ -32,7 +32,7 @@ class Objective:
         needs_pairs: whether a batch is [2P, …], winners first; else [B, …].
         inputs: tensors that must be given by keyword beside the outputs, one number a pair or row.
         latents: where its paper takes the noisy latents from, a name in
-            `inpo_fast.training.latents.SOURCES`.
+            `inpo_fast.training.SOURCES`.
         additive: whether the gradient of a batch is the mean over its micro-batches.
         defaults: settings of its public script, by keyword (for SD1.5 where they differ).
     """
