@@ -16,6 +16,7 @@ from .latents import NoisyLatents, Timesteps, checked_timesteps
 from .official import official_inversion_path
 from .timesteps import even_grid
 from .trajectory import (
+    Generators,
     Trajectory,
     bdia_inversion_path,
     ddim_inversion_path,
@@ -34,7 +35,7 @@ class Source(Protocol):
         schedule: NoiseSchedule,
         *,
         train_at: Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         impl: ops.Impl = "auto",
     ) -> Trajectory: ...
 
@@ -59,7 +60,7 @@ def ddim_inversion(
     *,
     num_steps: int,
     eta: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     impl: ops.Impl = "auto",
 ) -> NoisyLatents:
     """x_t by DDIM inversion of x_0 with the current policy (InPO, Lu et al. 2025).

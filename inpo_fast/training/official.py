@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import ops
 from ..schedule import NoiseSchedule
 from .latents import Timesteps, checked_timesteps
-from .trajectory import Call, Calls, Trajectory
+from .trajectory import Call, Calls, Generators, Trajectory, normal
 
 GRID_OFFSET = 1
 """`steps_offset` of Stable Diffusion's scheduler file."""
@@ -35,7 +35,7 @@ def official_inversion_path(
     schedule: NoiseSchedule,
     *,
     train_at: Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     impl: ops.Impl = "auto",
     num_steps: int = 10,
     eta: float = 0.1,
@@ -93,7 +93,7 @@ def official_inversion_path(
             z = following**0.5 * data + (1 - following) ** 0.5 * output
             before, after = level(t, narrow), narrow[t + stride]
             variance = (1 - before) / (1 - after) * (1 - after / before)
-            noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=dtype)
+            noise = normal(z.shape, z.device, generator, dtype)
             z += eta * noise * variance**0.5
         alpha = narrow[sampled[0]]
         target = (z - start * alpha**0.5) / (1 - alpha) ** 0.5

@@ -56,6 +56,8 @@ class Call(NamedTuple):
 
 
 Calls: TypeAlias = "Generator[Call, Tensor | None, None]"
+Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
+"""Of noise: one, or one for every pair (see `normal`); None takes torch's own."""
 
 
 class Trajectory:
@@ -103,7 +105,7 @@ def noising(
     schedule: NoiseSchedule,
     *,
     train_at: Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     impl: ops.Impl = "auto",
     shared: bool = True,
 ) -> Trajectory:
@@ -125,7 +127,7 @@ def noising(
     def calls() -> Calls:
         for node in path.train_at:
             shape = (len(clean) // 2 if shared else len(clean), *clean.shape[1:])
-            noise = _normal(shape, clean.device, generator)
+            noise = normal(shape, clean.device, generator)
             noise = torch.cat([noise, noise]) if shared else noise
             point = q_sample(clean, noise, path.timesteps[node - 1], schedule, impl=impl)
             last = node == path.train_at[-1]
@@ -140,7 +142,7 @@ def ddim_inversion_path(
     schedule: NoiseSchedule,
     *,
     train_at: Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     impl: ops.Impl = "auto",
     eta: float = 0.0,
 ) -> Trajectory:
@@ -177,7 +179,7 @@ def ddim_inversion_path(
             output = yield path.call(k, z)
             z = path.update(z, coef[k], output)
             if eta:
-                z.addcmul_(path.column(noise_scale[k]), _normal(z.shape, z.device, generator))
+                z.addcmul_(path.column(noise_scale[k]), normal(z.shape, z.device, generator))
         yield path.call(path.last, z)
 
     return Trajectory(calls())
@@ -189,7 +191,7 @@ def bdia_inversion_path(
     schedule: NoiseSchedule,
     *,
     train_at: Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     impl: ops.Impl = "auto",
     gamma: float = 1.0,
 ) -> Trajectory:
@@ -225,7 +227,7 @@ def renoise_inversion_path(
     schedule: NoiseSchedule,
     *,
     train_at: Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     impl: ops.Impl = "auto",
     eta: float = 0.0,
 ) -> Trajectory:
@@ -255,7 +257,7 @@ def renoise_inversion_path(
             output = yield Call(provisional, path.times[k], None, False)
             z = path.update(z, coef_rest[k], output)
             if eta:
-                z.addcmul_(path.column(noise_scale[k]), _normal(z.shape, z.device, generator))
+                z.addcmul_(path.column(noise_scale[k]), normal(z.shape, z.device, generator))
         yield path.call(path.last, z)
 
     return Trajectory(calls())
@@ -346,9 +348,30 @@ def _rows(
     return np.stack([a, b, c, np.zeros_like(a)], axis=-1)
 
 
-def _normal(
-    shape: Sequence[int], device: torch.device, generator: torch.Generator | None
+def normal(
+    shape: Sequence[int],
+    device: torch.device,
+    generator: Generators,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal numbers, drawn where the generator lives."""
-    source = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=source).to(device)
+    """Standard normal numbers [B, …] on `device`, drawn where the generator lives.
+
+    Of G generators, number g makes samples g, g + G, …: with one for every pair the noise of a pair
+    does not depend on what else the batch holds.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        source = device if generator is None else generator.device
+        drawn = torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype)
+    else:
+        count = len(generator)
+        if count == 0 or shape[0] % count:
+            raise ValueError(f"generator must be one for each of {shape[0]} samples, got {count}")
+        rows = [
+            torch.randn(tuple(shape[1:]), generator=own, device=own.device, dtype=dtype)
+            for _ in range(shape[0] // count)
+            for own in generator
+        ]
+        drawn = torch.stack(rows)
+    if drawn.device.type == "cpu" and device.type == "cuda":
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
