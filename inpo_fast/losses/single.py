@@ -64,9 +64,8 @@ def kto_loss(
         beta: β ≥ 0; the script has no factor 1/2, hence the default of `beta_convention`.
         desirable: [B] bool (or 0 and 1), which samples people like.
         kl: [] estimate of the mean of e_ref − e_θ, at least 0. None takes that of this batch,
-            detached and clamped at 0. The script takes the mean over all processes: with
-            accumulation or several processes compute it once (see `PreferenceErrors`) and give it,
-            else the gradient is not the mean over micro-batches.
+            detached and clamped at 0; the script takes the mean over all processes. A gradient that
+            is the mean over micro-batches needs one number for all of them.
         desirable_weight, undesirable_weight: w_y.
         beta_convention: unit of β.
         reduction: over samples.

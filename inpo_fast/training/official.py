@@ -52,7 +52,8 @@ def official_inversion_path(
         impl: not used: the arithmetic is the script's own, in plain torch.
         num_steps: steps of the whole grid: 10, in SmPO's script 5 for SD1.5.
         eta: factor of the noise, hard-coded to 0.1 in the script.
-        dtype: `weight_dtype` of the script: float16, bfloat16, or float32 without mixed precision.
+        dtype: `weight_dtype` of the script: float16, or float32 without mixed precision. With
+            bfloat16 the script's 1−ᾱ_1 is 0 and every latent NaN.
 
     Raises:
         ValueError: naming the argument.
@@ -67,6 +68,11 @@ def official_inversion_path(
         )
     if train_at is not None:
         raise ValueError(f"the official script trains at the end only, got train_at {train_at}")
+    if dtype not in (torch.float16, torch.float32):
+        raise ValueError(
+            "dtype must be float16 or float32: the official script divides by 1 − ᾱ_1, which is 0 "
+            f"in bfloat16, got {dtype}"
+        )
     sampled = timesteps[-1]
     total = schedule.num_steps
     stride = total // num_steps
