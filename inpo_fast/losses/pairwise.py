@@ -208,7 +208,8 @@ def dspo_loss(
                of the winner, c = β (1 − σ(u))
         sdxl   L = (1 − σ(u))² d_w if the batch mean of d_w is at least 0.1, else (1 − σ(u))²
 
-    The weights keep their gradient. `sdxl` looks at the whole batch, so its gradient is not the
+    The weights keep their gradient. The launchers have β = 0.001 (sd15: β multiplies the step along
+    θ − ref, too) and 5000 (sdxl). `sdxl` looks at the whole batch, so its gradient is not the
     mean over micro-batches. Arguments as in `dpo_loss`.
     """
     if variant not in ("sd15", "sdxl"):

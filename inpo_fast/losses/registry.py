@@ -58,12 +58,12 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
         "dpo": Objective(dpo_loss, defaults={"beta": 5000.0}),
         "ipo": Objective(ipo_loss, defaults={"beta": 5000.0}),
         "dmpo": Objective(dmpo_loss, defaults={"beta": 2000.0, "alpha": 0.01}),
-        "dspo": Objective(dspo_loss, defaults={"beta": 5000.0}),
+        "dspo": Objective(dspo_loss, defaults={"beta": 0.001}),
         "inversion-dpo": Objective(
             inversion_dpo_loss,
             inputs=("alphas_cumprod",),
             latents="ddim",
-            defaults={"beta": 5000.0},
+            defaults={"beta": 2000.0},
         ),
         "mapo": Objective(mapo_loss, needs_reference=False, defaults={"beta": 0.1}),
         "kto": Objective(
