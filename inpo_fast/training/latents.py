@@ -146,6 +146,8 @@ def checked_timesteps(
         raise TypeError(
             f"clean must be a floating tensor, got {getattr(clean, 'dtype', type(clean))}"
         )
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
     if isinstance(timesteps, Tensor) and timesteps.device.type != "cpu":
         raise ValueError(
             f"{name} must be on the host, so that nothing waits for the device, got a tensor on "

@@ -394,6 +394,7 @@ def test_no_loop_over_the_batch():
         ({"train_at": (1, 1)}, ValueError, "train_at must be different nodes in 1 … 4"),
         ({"train_at": (0, 4)}, ValueError, "train_at must be different nodes in 1 … 4"),
         ({"train_at": (5,)}, ValueError, "train_at must be different nodes in 1 … 4"),
+        ({"schedule": TABLE}, TypeError, "schedule must be a NoiseSchedule, got ndarray"),
         ({"clean": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "clean must be a floating t"),
         (
             {"schedule": NoiseSchedule.from_alphas_cumprod(TABLE, 1000, prediction_type="sample")},
