@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..losses import dpo_loss
-from ..schedule import Array
+from ..schedule import NoiseSchedule
 from ..shipped import reader, scenes
-from ..training.latents import NoisyLatents, ddim_inversion, q_sample
+from ..training import NoisyLatents, ddim_inversion, q_sample, training_schedule
 from .measures import mean_and_error
 from .pipeline import Pipeline
 from .preferences import MicroBatch, Pairs, depth_buckets, load_pairs, plan
@@ -50,7 +50,7 @@ class Settings:
         steps: optimiser steps.
         pairs: pairs of a micro-batch; a step has one micro-batch for every inversion depth.
         max_depth: DDIM inversion steps of InPO that would reach the last timestep (10 in the
-            paper); see `inpo_fast.training.latents.inversion_depth`.
+            paper); see `inpo_fast.training.inversion_depth`.
         first_timestep: timesteps are uniform from here on. A scene's attributes are decided where
             noise is strong. Below, the errors are larger and say nothing about them, and in so
             short a training their noise drowns the rest.
@@ -137,7 +137,7 @@ def train(
     """
     policy = copy.deepcopy(pipeline.unet).requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=objective.learning_rate)
-    table = pipeline.scheduler.alphas_cumprod.double().cpu().numpy()
+    schedule = training_schedule(pipeline.scheduler)
     noise = torch.Generator().manual_seed(seed)
     curve = Curve()
     for number, step in enumerate(steps):
@@ -148,7 +148,7 @@ def train(
         for micro in step:
             clean = torch.cat([pairs.winners[micro.chosen], pairs.losers[micro.chosen]])
             text = pairs.text[micro.chosen].repeat(2, 1, 1)
-            noisy = noisy_latents(objective, policy, clean, text, micro, table, noise)
+            noisy = noisy_latents(objective, policy, clean, text, micro, schedule, noise)
             times = torch.tensor(micro.timesteps * 2, device=clean.device)
             with torch.no_grad():
                 reference = pipeline.unet(noisy.latents, times, text, return_dict=False)[0]
@@ -172,7 +172,7 @@ def noisy_latents(
     clean: Tensor,
     text: Tensor,
     micro: MicroBatch,
-    table: Array,
+    schedule: NoiseSchedule,
     generator: torch.Generator,
 ) -> NoisyLatents:
     """x_t and τ of winners and losers, [2P, 4, h, w] each, at the pair's timestep."""
@@ -182,12 +182,12 @@ def noisy_latents(
             lambda sample, times: policy(sample, times, text, return_dict=False)[0],
             clean,
             timesteps,
-            table,
+            schedule,
             num_steps=micro.depth,
         )
     # winner and loser share the noise, as in Diffusion-DPO
     noise = torch.randn(len(micro.timesteps), *clean.shape[1:], generator=generator)
-    return q_sample(clean, noise.to(clean.device).repeat(2, 1, 1, 1), timesteps, table)
+    return q_sample(clean, noise.to(clean.device).repeat(2, 1, 1, 1), timesteps, schedule)
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:

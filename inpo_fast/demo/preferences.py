@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..training.images import decode, to_unit
-from ..training.latents import inversion_depth
 from ..training.pairs import DataError, Ties, pair_of
 from ..training.sources import open_source
+from ..training.timesteps import inversion_depth
 from .pipeline import DemoError, Pipeline
 
 

@@ -1,19 +1,32 @@
-"""Noisy latents for preference training: where x_t and its target τ come from."""
+"""Noisy latents for preference training: where x_t and its target τ come from.
+
+A *training schedule* has one node for every noise level that the model is trained on: node 0 is
+clean data and node t+1 is the level with index t = 0 … T−1. For Stable Diffusion t is the model's
+timestep; for a flow model level t has s = (t+1)/T, shifted, and the model's time is what the
+schedule says. Whatever the prediction type, with z_t = α_t x_0 + σ_t ε the target is linear in
+(z_t, x_0):
+
+    epsilon  τ = (z_t − α_t x_0)/σ_t      v  τ = (α_t z_t − x_0)/σ_t      flow  τ = (z_t − x_0)/σ_t
+
+All tables are float64 on the host, vectorised over batch and steps, and go to the device in one
+copy.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
-from ..sampler import Model
-from ..schedule import Array, NoiseSchedule, PredictionType
-from ..solvers import ddim
+from ..schedule import Array, NoiseSchedule
+
+Timesteps: TypeAlias = "Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64] | Tensor"
+"""Integers on the host: lists, arrays or CPU tensors."""
 
 
 class NoisyLatents(NamedTuple):
@@ -23,15 +36,35 @@ class NoisyLatents(NamedTuple):
     """[B, …] x_t, float32."""
     target: Tensor
     """[B, …] τ, what a perfect one-step model would return at x_t, float32."""
+    timesteps: Tensor
+    """[B] the model's time, int64, or float32 where it is not an index of a table (flow models)."""
+
+
+def training_schedule(scheduler: Any) -> NoiseSchedule:
+    """The levels that a diffusers scheduler trains on, with the prediction type of its model.
+
+    Flow-matching schedulers give s = (t+1)/T with their static `shift`; a dynamic shift depends on
+    the image size and is left to the caller (`NoiseSchedule.flow`).
+
+    Raises:
+        TypeError, ValueError: see `NoiseSchedule.from_diffusers`.
+    """
+    config = getattr(scheduler, "config", None)
+    if config is not None and "FlowMatch" in type(scheduler).__name__:
+        total = config.num_train_timesteps
+        shift = 1.0 if getattr(config, "use_dynamic_shifting", False) else config.shift
+        return NoiseSchedule.flow(total, shift=shift, num_train_timesteps=total)
+    table = getattr(scheduler, "alphas_cumprod", ())
+    return NoiseSchedule.from_diffusers(scheduler, timesteps=range(len(table) - 1, -1, -1))
 
 
 def q_sample(
     clean: Tensor,
     noise: Tensor,
-    timesteps: Sequence[int],
-    alphas_cumprod: Array,
+    timesteps: Timesteps,
+    schedule: NoiseSchedule,
     *,
-    prediction_type: PredictionType = "epsilon",
+    impl: ops.Impl = "auto",
 ) -> NoisyLatents:
     """x_t = α_t x_0 + σ_t ε, as Diffusion-DPO does.
 
@@ -39,120 +72,93 @@ def q_sample(
         clean: [B, …] x_0.
         noise: [B, …] ε; a pair shares it.
         timesteps: [B] t of each sample.
-        alphas_cumprod: [T] float64 table of ᾱ_t.
-        prediction_type: `epsilon` (τ = ε) or `v_prediction` (τ = α ε − σ x_0).
+        schedule: a training schedule.
+        impl: backend of the operators.
     """
-    _require(prediction_type)
     if noise.shape != clean.shape:
         raise ValueError(
             f"noise must have the shape of clean, {tuple(clean.shape)}, got {tuple(noise.shape)}"
         )
-    checked = _checked(timesteps, clean, alphas_cumprod)
-    alpha, sigma = _levels(clean, checked, alphas_cumprod)
-    latents = alpha * clean.float() + sigma * noise.float()
-    return NoisyLatents(
-        latents, _target(clean.float(), noise.float(), alpha, sigma, prediction_type)
+    nodes = checked_timesteps(timesteps, clean, schedule) + 1  # [B]
+    mix, aim, times = upload(
+        [
+            rows_of(schedule.alpha[nodes], schedule.sigma[nodes]),
+            rows_of(*target_of_noise(schedule, nodes)),
+            schedule.timesteps[nodes],
+        ],
+        clean.device,
     )
+    clean, noise = clean.float(), noise.float()
+    latents = ops.affine_update(clean, noise, mix, impl=impl)
+    target = ops.affine_update(noise, clean, aim, impl=impl)
+    return NoisyLatents(latents, target, model_times(schedule, times))
 
 
-@torch.no_grad()
-def ddim_inversion(
-    model: Model,
-    clean: Tensor,
-    timesteps: Sequence[int],
-    alphas_cumprod: Array,
-    *,
-    num_steps: int,
-    prediction_type: PredictionType = "epsilon",
-    impl: ops.Impl = "auto",
-) -> NoisyLatents:
-    """x_t by DDIM inversion of x_0 with the current policy (InPO, Lu et al. 2025).
-
-    Every sample is inverted on its own grid of `num_steps` steps from clean data to exactly its own
-    t; then τ = (x_t − α_t x_0)/σ_t for `epsilon`, in float32 from float64 tables. The official
-    script instead leaves x_t up to 99 timesteps away from the t that it tells the model.
-
-    Args:
-        model: the policy, called on [B, …] float32 samples with [B] timesteps; conditional, no
-            guidance.
-        clean: [B, …] x_0.
-        timesteps: [B] t of each sample, at least `num_steps` where more than one step is asked for.
-        alphas_cumprod: [T] float64 table of ᾱ_t.
-        num_steps: n, the same for the batch, so that it keeps one shape; see `inversion_depth`.
-        prediction_type: `epsilon` or `v_prediction`.
-        impl: backend of the operators.
-
-    Raises:
-        ValueError: naming the argument; a grid that would take two steps within one timestep.
-    """
-    _require(prediction_type)
-    checked = _checked(timesteps, clean, alphas_cumprod)
-    alpha, sigma = _levels(clean, checked, alphas_cumprod)
-    grids = [_program_rows(t, num_steps, alphas_cumprod, prediction_type) for t in checked]
-    device = clean.device
-    coef = np.stack([rows for rows, _ in grids], axis=1)  # [n, B, 4]
-    times = np.stack([grid for _, grid in grids], axis=1)  # [n, B]
-    coef_rows = torch.from_numpy(coef).to(device, torch.float32).unbind()
-    time_rows = torch.from_numpy(times).to(device).unbind()
-    latents = clean.float()
-    for row, time in zip(coef_rows, time_rows, strict=True):
-        latents = ops.affine_update(latents, latents, row, model(latents, time), impl=impl)
-    noise = (latents - alpha * clean.float()) / sigma
-    return NoisyLatents(latents, _target(clean.float(), noise, alpha, sigma, prediction_type))
+def target_of_noise(schedule: NoiseSchedule, nodes: NDArray[np.int64]) -> tuple[Array, Array]:
+    """g and h, […], of τ = g ε + h x_0 at the nodes […]."""
+    alpha, sigma = schedule.alpha[nodes], schedule.sigma[nodes]
+    match schedule.prediction_type:
+        case "epsilon":
+            return np.ones_like(alpha), np.zeros_like(alpha)
+        case "v_prediction":
+            return alpha, -sigma
+        case "flow":
+            return np.ones_like(alpha), -np.ones_like(alpha)
+        case kind:
+            raise ValueError(
+                "the schedule's prediction_type must be epsilon, v_prediction or flow, got "
+                f"{kind!r}"
+            )
 
 
-def inversion_depth(timestep: int, num_train_timesteps: int = 1000, max_steps: int = 10) -> int:
-    """n = ⌈t · max_steps / T⌉, at least 1: inversion steps of the paper's grid that reach t."""
-    return max(1, math.ceil(timestep * max_steps / num_train_timesteps))
+def target_rows(schedule: NoiseSchedule, nodes: NDArray[np.int64]) -> Array:
+    """[…, 4] coefficients of τ = p z_t + q x_0 at the nodes […], with ε = (z_t − α x_0)/σ."""
+    g, h = target_of_noise(schedule, nodes)
+    alpha, sigma = schedule.alpha[nodes], schedule.sigma[nodes]
+    return rows_of(g / sigma, h - g * alpha / sigma)
 
 
-def _program_rows(
-    timestep: int, num_steps: int, alphas_cumprod: Array, prediction_type: PredictionType
-) -> tuple[Array, Array]:
-    """([n, 4] coefficients, [n] int64 model times) of DDIM inversion from clean data to
-    `timestep`."""
-    if not 1 <= num_steps <= max(1, timestep):
-        raise ValueError(
-            f"num_steps must be in 1 … {max(1, timestep)} for the timestep {timestep}, so that no "
-            f"two steps fall within one timestep, got {num_steps}"
+def rows_of(a: Array, b: Array) -> Array:
+    """[…, 4] coefficients (a, b, 0, 0) for the operators."""
+    zero = np.zeros_like(a)
+    return np.stack([a, b, zero, zero], axis=-1)
+
+
+def model_times(schedule: NoiseSchedule, times: Tensor) -> Tensor:
+    """Times from a float32 table as the model takes them."""
+    return times.long() if schedule.discrete else times
+
+
+def upload(tables: Sequence[Array], device: torch.device) -> list[Tensor]:
+    """The tables as float32 on the device, in one copy that the host does not wait for."""
+    flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables]).astype(np.float32))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([table.size for table in tables])
+    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
+
+
+def checked_timesteps(
+    timesteps: Timesteps, clean: Tensor, schedule: NoiseSchedule, *, name: str = "timesteps"
+) -> NDArray[np.int64]:
+    """[…, B] level indices, one a sample of `clean` in the last dimension."""
+    if not isinstance(clean, Tensor) or not clean.is_floating_point():
+        raise TypeError(
+            f"clean must be a floating tensor, got {getattr(clean, 'dtype', type(clean))}"
         )
-    grid = [round(timestep * k / num_steps) for k in range(num_steps, 0, -1)]
-    schedule = NoiseSchedule.from_alphas_cumprod(
-        alphas_cumprod, timesteps=grid, prediction_type=prediction_type
-    )
-    program = ddim(schedule, direction="invert")
-    times = np.array([round(update.timestep) for update in program.updates])
-    return program.coefficients(), times
-
-
-def _checked(timesteps: Sequence[int], clean: Tensor, table: Array) -> list[int]:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    if isinstance(timesteps, Tensor) and timesteps.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be on the host, so that nothing waits for the device, got a tensor on "
+            f"{timesteps.device}"
+        )
     given = np.asarray(timesteps)
-    if given.shape != clean.shape[:1]:
+    if given.shape[-1:] != clean.shape[:1]:
         raise ValueError(
-            f"timesteps must have one entry a sample, {clean.shape[0]}, got shape {given.shape}"
+            f"{name} must have one entry a sample, {clean.shape[0]}, got shape {given.shape}"
         )
-    if given.dtype.kind not in "iu" or not ((given >= 0) & (given < len(table))).all():
-        raise ValueError(
-            f"timesteps must be integers in 0 … {len(table) - 1}, got {given.tolist()}"
-        )
-    values: list[int] = given.tolist()
-    return values
-
-
-def _levels(clean: Tensor, timesteps: list[int], table: Array) -> tuple[Tensor, Tensor]:
-    """α_t and σ_t, [B, 1, …] float32, rounded once from float64."""
-    bar = torch.from_numpy(np.asarray(table, dtype=np.float64)[timesteps])
-    shape = (-1, *[1] * (clean.ndim - 1))
-    alpha, sigma = bar.sqrt().view(shape), (1 - bar).sqrt().view(shape)
-    return alpha.to(clean.device, torch.float32), sigma.to(clean.device, torch.float32)
-
-
-def _require(kind: PredictionType) -> None:
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"prediction_type must be epsilon or v_prediction, got {kind!r}")
-
-
-def _target(
-    clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionType
-) -> Tensor:
-    return noise if kind == "epsilon" else alpha * noise - sigma * clean
+    total = schedule.num_steps
+    if given.dtype.kind not in "iu" or not ((given >= 0) & (given < total)).all():
+        raise ValueError(f"{name} must be integers in 0 … {total - 1}, got {given.tolist()}")
+    return given.astype(np.int64)

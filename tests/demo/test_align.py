@@ -9,7 +9,7 @@ from inpo_fast.demo import align
 from inpo_fast.demo.pipeline import DemoError
 from inpo_fast.demo.preferences import Pairs, depth_buckets, load_pairs, plan
 from inpo_fast.shipped import scenes
-from inpo_fast.training.latents import inversion_depth
+from inpo_fast.training import inversion_depth
 
 BUCKETS = depth_buckets(1, 1000, 2)
 
