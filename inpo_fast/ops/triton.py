@@ -6,8 +6,8 @@ plain callables that check nothing. This module imports triton: ``inpo_fast.ops.
 it when the backend is used.
 
 A program of the grid takes BLOCK elements of one row, where a row is a sample if constants differ
-by sample, and else the whole tensor. All operands lie in memory in one dense order, so that a block
-is contiguous. Constants that change from step to step are read from the device.
+by sample, and otherwise the whole tensor. All operands lie in memory in one dense order, so that a
+block is contiguous. Constants that change from step to step are read from the device.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 
 from inpo_fast.ops import reference
 
-# Elements of a program, eight for each thread: 128 bits of a 16-bit tensor.
-BLOCK = 1024
-WARPS = 4
-# Blocks that one program of the preference errors adds up. Fixed, as is the order of every sum.
+THREADS = 128
+# Elements of a tile of the preference errors: eight for each thread.
+ERROR_BLOCK = 1024
+# Tiles that one program of the preference errors adds up. Fixed, as is the order of a sum.
 ERROR_TILES = 4
 # Partial sums that are added side by side.
 SUM_BLOCK = 128
 
 # A product is rounded before it is added, as in the reference (it shows in float64 states).
-OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
+OPTIONS: dict[str, Any] = {"num_warps": THREADS // 32, "enable_fp_fusion": False}
 
 
 # --- Device functions -------------------------------------------------------------------------
@@ -40,11 +40,13 @@ OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
 @triton.jit
 def _locate(n, blocks, BLOCK: tl.constexpr):
     """Return the row, the place of its first element here, the lanes and which of them exist."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    start = (program - row * blocks) * BLOCK
+    program = tl.program_id(0)
+    row = program * 0
+    if blocks > 0:
+        row = program // blocks
+    start = (program - row * blocks).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    return row, row * n + start, lane, lane < n - start
+    return row, row.to(tl.int64) * n + start, lane, lane < n - start
 
 
 @triton.jit
@@ -53,45 +55,60 @@ def _load(ptr, place, lane, mask):
 
 
 @triton.jit
+def _single(value):
+    """Convert from at most 32 bits to float32, exactly."""
+    if value.dtype == tl.bfloat16:
+        # In integers, as in _round: the interpreter loses denormals.
+        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
 def _wide(value):
-    """Convert to float64, by way of float32: the interpreter knows no other way from bfloat16."""
+    """Convert to float64, exactly."""
     if value.dtype == tl.float64:
         return value
     else:
-        return value.to(tl.float32).to(tl.float64)
+        return _single(value).to(tl.float64)
 
 
 @triton.jit
 def _round(value, DTYPE: tl.constexpr):
-    """Round float64 to DTYPE, by way of float32, half to even. Return it and its float value."""
+    """Round float64 to DTYPE, by way of float32, half to even."""
     if DTYPE == tl.float64:
-        return value, value
-    narrow = value.to(tl.float32)
-    if DTYPE == tl.float32:
-        return narrow, narrow
-    elif DTYPE == tl.float16:
-        half = narrow.to(tl.float16)
-        return half, half.to(tl.float32)
-    else:
+        return value
+    elif DTYPE == tl.bfloat16:
         # In integers, because the interpreter truncates.
-        bits = narrow.to(tl.uint32, bitcast=True)
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
-        back = (rounded << 16).to(tl.float32, bitcast=True)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), back
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(tl.float32).to(DTYPE)
 
 
 @triton.jit
-def _any_of_eight(condition, BLOCK: tl.constexpr):
-    """Reduce to one lane for eight: inside a thread, so that no thread waits for another."""
-    return tl.max(tl.reshape(condition.to(tl.int32), [BLOCK // 8, 8]), axis=1)
+def _finite(value):
+    if value.dtype == tl.float64:
+        return tl.abs(value) < float("inf")
+    else:
+        return tl.abs(_single(value)) < float("inf")
 
 
 @triton.jit
-def _raise(status_ptr, bits, BLOCK: tl.constexpr):
-    """OR the bits, [BLOCK // 8], into the status word. Without bits there is no memory access."""
-    word = status_ptr + tl.zeros([BLOCK // 8], tl.int32)
-    tl.atomic_or(word, bits, mask=bits != 0, sem="relaxed")
+def _raise(status_ptr, outside, nonfinite, BLOCK: tl.constexpr):
+    """Set the bits for what is true anywhere. Where nothing is, there is no memory access.
+
+    The elements of a thread have one lane, so that no thread waits for another.
+    """
+    SHARE: tl.constexpr = BLOCK // 128
+    found = outside.to(tl.int32) + (nonfinite.to(tl.int32) << 4)
+    found = tl.sum(tl.reshape(found, [128, SHARE]), axis=1)
+    bits = tl.where((found & 15) != 0, 1, 0) | tl.where(found >= 16, 2, 0)
+    word = status_ptr + tl.zeros([128], tl.int32)
+    tl.atomic_or(word, bits, mask=found != 0, sem="relaxed")
 
 
 @triton.jit
@@ -112,15 +129,30 @@ def _unit(exponent):
 
 
 @triton.jit
-def _quantize(value, frac_bits):
-    """Return rint(value * 2^K) as int64, within +-2^50 and 0 if not finite, and what is finite."""
+def _to_integer(value):
+    """rint of a float64, half to even, as int64, where it is within +-2^51.
+
+    1.5 * 2^52 has no bits below 1, so the sum is rounded, and its low bits are the integer. Any
+    other value, also NaN, gives an integer beyond 2^51.
+    """
+    return (value + 6755399441055744.0).to(tl.int64, bitcast=True) - 0x4338000000000000
+
+
+@triton.jit
+def _add_to_lattice(z, value, unit):
+    """Return z + rint(value * unit) in int32, saturated, what is outside, and what is not finite.
+
+    z is int32, and stays where the value is not finite.
+    """
+    scaled = value * unit
+    total = z.to(tl.int64) + _to_integer(scaled)
+    out = total.to(tl.int32)
+    fits = total == out.to(tl.int64)
     finite = tl.abs(value) < float("inf")
-    scaled = tl.where(finite, value, 0.0) * _unit(frac_bits).to(tl.float64)
-    # 2^50, and 1.5 * 2^52, beside which a float64 has no bits below 1: the addition rounds, and
-    # the low bits of the sum are the integer.
-    scaled = tl.minimum(tl.maximum(scaled, -1125899906842624.0), 1125899906842624.0)
-    bits = (scaled + 6755399441055744.0).to(tl.int64, bitcast=True)
-    return bits - 0x4338000000000000, finite
+    # z is an int32, so the sign of what leads out of the range is that of the increment.
+    limit = tl.where(scaled > 0, 2147483647, -2147483648)
+    out = tl.where(fits, out, tl.where(finite, limit, z))
+    return out, finite & ~fits, ~finite
 
 
 @triton.jit
@@ -132,9 +164,9 @@ def _saturate(value):
 
 @triton.jit
 def _lattice_increment(y_ptr, m1_ptr, m2_ptr, coef_ptr, frac_bits, place, lane, mask):
+    """(b*y + c1*m1) + c2*m2 in float64, with y = float32(Z_y * 2^-K)."""
     y = _load(y_ptr, place, lane, mask).to(tl.float32) * _unit(-frac_bits)
-    value = _increment(_wide(y), m1_ptr, m2_ptr, coef_ptr, place, lane, mask)
-    return _quantize(value, frac_bits)
+    return _increment(_wide(y), m1_ptr, m2_ptr, coef_ptr, place, lane, mask)
 
 
 @triton.jit
@@ -181,7 +213,7 @@ def _residual(first, second):
     if first.dtype == tl.float64:
         return first - second
     else:
-        return (first.to(tl.float32) - second.to(tl.float32)).to(tl.float64)
+        return (_single(first) - _single(second)).to(tl.float64)
 
 
 # --- Kernels ----------------------------------------------------------------------------------
@@ -215,11 +247,10 @@ def _affine_kernel(
         value = (x - increment) / a
     else:
         value = a * x + increment
-    out, stored = _round(value, out_ptr.dtype.element_ty)
+    out = _round(value, out_ptr.dtype.element_ty)
     tl.store(out_ptr + place + lane, out, mask=mask)
     if status_ptr is not None:
-        nonfinite = mask & ~(tl.abs(stored) < float("inf"))
-        _raise(status_ptr, _any_of_eight(nonfinite, BLOCK) << 1, BLOCK)
+        _raise(status_ptr, lane < 0, mask & ~_finite(out), BLOCK)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -240,12 +271,13 @@ def _lattice_kernel(
 ):
     row, place, lane, mask = _locate(n, blocks, BLOCK)
     coef_ptr += row * coef_stride
-    z = _load(z_ptr, place, lane, mask).to(tl.int64)
-    q, finite = _lattice_increment(y_ptr, m1_ptr, m2_ptr, coef_ptr, frac_bits, place, lane, mask)
-    out, outside = _saturate(z - q if INVERSE else z + q)
+    z = _load(z_ptr, place, lane, mask)
+    value = _lattice_increment(y_ptr, m1_ptr, m2_ptr, coef_ptr, frac_bits, place, lane, mask)
+    # The difference is the sum with the negative: rounding is symmetric.
+    unit = _wide(_unit(frac_bits))
+    out, outside, nonfinite = _add_to_lattice(z, value, -unit if INVERSE else unit)
     tl.store(out_ptr + place + lane, out, mask=mask)
-    bits = _any_of_eight(mask & outside, BLOCK) | _any_of_eight(mask & ~finite, BLOCK) << 1
-    _raise(status_ptr, bits, BLOCK)
+    _raise(status_ptr, mask & outside, mask & nonfinite, BLOCK)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -273,13 +305,17 @@ def _scaled_kernel(
     ratio_ptr += row * ratio_stride
     z = _load(z_ptr, place, lane, mask).to(tl.int64)
     buffer = _load(buffer_ptr, place, lane, mask)
-    q, finite = _lattice_increment(y_ptr, m1_ptr, m2_ptr, coef_ptr, frac_bits, place, lane, mask)
+    value = _lattice_increment(y_ptr, m1_ptr, m2_ptr, coef_ptr, frac_bits, place, lane, mask)
+    finite = tl.abs(value) < float("inf")
+    scaled = tl.where(finite, value, 0.0) * _wide(_unit(frac_bits))
+    # 2^50: anything beyond ends outside the lattice.
+    q = _to_integer(tl.minimum(tl.maximum(scaled, -1125899906842624.0), 1125899906842624.0))
     # The inverse scales by the exchanged ratio.
     over = tl.load(ratio_ptr + (1 if INVERSE else 0))
     under = tl.load(ratio_ptr + (0 if INVERSE else 1))
     mul_over = tl.load(ratio_ptr + (3 if INVERSE else 2)).to(tl.uint64, bitcast=True)
     mul_under = tl.load(ratio_ptr + (2 if INVERSE else 3)).to(tl.uint64, bitcast=True)
-    outside = mask & (lane < 0)
+    outside = lane < 0
     if INVERSE:
         whole = z - q
         z = tl.minimum(tl.maximum(whole, -(1 << 34)), 1 << 34)
@@ -291,9 +327,7 @@ def _scaled_kernel(
     out, saturated = _saturate(z if INVERSE else z + q)
     tl.store(out_ptr + place + lane, out, mask=mask)
     tl.store(buffer_out_ptr + place + lane, buffer, mask=mask)
-    outside = mask & (outside | saturated)
-    bits = _any_of_eight(outside, BLOCK) | _any_of_eight(mask & ~finite, BLOCK) << 1
-    _raise(status_ptr, bits, BLOCK)
+    _raise(status_ptr, mask & (outside | saturated), mask & ~finite, BLOCK)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -310,11 +344,11 @@ def _encode_kernel(
 ):
     row, place, lane, mask = _locate(n, blocks, BLOCK)
     scale = _wide(tl.load(scale_ptr + row * scale_stride))
-    q, finite = _quantize(_wide(_load(x_ptr, place, lane, mask)) * scale, frac_bits)
-    out, outside = _saturate(q)
+    value = _wide(_load(x_ptr, place, lane, mask)) * scale
+    zero = tl.zeros([BLOCK], tl.int32)
+    out, outside, nonfinite = _add_to_lattice(zero, value, _wide(_unit(frac_bits)))
     tl.store(out_ptr + place + lane, out, mask=mask)
-    bits = _any_of_eight(mask & outside, BLOCK) | _any_of_eight(mask & ~finite, BLOCK) << 1
-    _raise(status_ptr, bits, BLOCK)
+    _raise(status_ptr, mask & outside, mask & nonfinite, BLOCK)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -334,7 +368,7 @@ def _decode_kernel(
     scale = _wide(tl.load(scale_ptr + row * scale_stride))
     value = _load(z_ptr, place, lane, mask).to(tl.float32) * _unit(-frac_bits)
     value = (_wide(value) * scale).to(tl.float32)
-    out, _ = _round(_wide(value), out_ptr.dtype.element_ty)
+    out = _round(_wide(value), out_ptr.dtype.element_ty)
     tl.store(out_ptr + place + lane, out, mask=mask)
     if COPIES == 2:
         tl.store(out_ptr + total + place + lane, out, mask=mask)
@@ -432,7 +466,7 @@ def _preference_backward_kernel(
     if ref_ptr is not None:
         ref = _load(ref_ptr, place, lane, mask)
         value = value + _wide(tl.load(b_ptr + row)) * _residual(theta, ref)
-    out, _ = _round(value, out_ptr.dtype.element_ty)
+    out = _round(value, out_ptr.dtype.element_ty)
     tl.store(out_ptr + place + lane, out, mask=mask)
 
 
@@ -497,12 +531,19 @@ def _scales(scale: Tensor) -> tuple[Tensor, int]:
     return scale.contiguous(), 0 if scale.numel() == 1 else 1
 
 
-def _grid(x: Tensor, by_sample: bool, block: int = BLOCK) -> tuple[int, int, tuple[int]]:
-    """Return the elements of a row, its blocks, and the grid."""
-    rows = x.shape[0] if by_sample else 1
-    n = x.numel() // rows
+def _grid(x: Tensor, by_sample: bool, block: int) -> tuple[int, int, tuple[int]]:
+    """Return the elements of a row, the blocks of a row (0: there is one row) and the grid."""
+    if not by_sample:
+        n = x.numel()
+        return n, 0, (-(-n // block),)
+    n = x.numel() // x.shape[0]
     blocks = -(-n // block)
-    return n, blocks, (rows * blocks,)
+    return n, blocks, (x.shape[0] * blocks,)
+
+
+def _block(result: Tensor) -> int:
+    """Return the elements of a program: 128 bits of the result for each of its threads."""
+    return THREADS * 16 // result.element_size()
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -528,7 +569,8 @@ def _affine(
     layout = _Layout(x, stride > 0)
     operand = layout.operand
     target = layout.target(result)
-    n, blocks, grid = _grid(x, stride > 0)
+    block = _block(result)
+    n, blocks, grid = _grid(x, stride > 0, block)
     with _on(x):
         _affine_kernel[grid](
             operand(x),
@@ -542,7 +584,7 @@ def _affine(
             blocks,
             stride,
             INVERSE=inverse,
-            BLOCK=BLOCK,
+            BLOCK=block,
             **OPTIONS,
         )
         _finish(result, target)
@@ -566,7 +608,8 @@ def _lattice(
     layout = _Layout(z, stride > 0)
     operand = layout.operand
     target = layout.target(result)
-    n, blocks, grid = _grid(z, stride > 0)
+    block = _block(result)
+    n, blocks, grid = _grid(z, stride > 0, block)
     with _on(z):
         _lattice_kernel[grid](
             operand(z),
@@ -581,7 +624,7 @@ def _lattice(
             stride,
             frac_bits,
             INVERSE=inverse,
-            BLOCK=BLOCK,
+            BLOCK=block,
             **OPTIONS,
         )
         _finish(result, target)
@@ -609,7 +652,8 @@ def _lattice_scaled(
     layout = _Layout(z, by_sample)
     operand = layout.operand
     target, buffer_target = (layout.target(result) for result in results)
-    n, blocks, grid = _grid(z, by_sample)
+    block = _block(z)
+    n, blocks, grid = _grid(z, by_sample, block)
     with _on(z):
         _scaled_kernel[grid](
             operand(z),
@@ -628,7 +672,7 @@ def _lattice_scaled(
             ratio_stride,
             frac_bits,
             INVERSE=inverse,
-            BLOCK=BLOCK,
+            BLOCK=block,
             **OPTIONS,
         )
         _finish(results[0], target)
@@ -793,7 +837,8 @@ def lattice_encode(x: Tensor, scale: Tensor, frac_bits: int, status: Tensor) -> 
     scale, stride = _scales(scale)
     layout = _Layout(x, stride > 0)
     target = layout.target(result)
-    n, blocks, grid = _grid(x, stride > 0)
+    block = _block(result)
+    n, blocks, grid = _grid(x, stride > 0, block)
     with _on(x):
         _encode_kernel[grid](
             layout.operand(x),
@@ -804,7 +849,7 @@ def lattice_encode(x: Tensor, scale: Tensor, frac_bits: int, status: Tensor) -> 
             blocks,
             stride,
             frac_bits,
-            BLOCK=BLOCK,
+            BLOCK=block,
             **OPTIONS,
         )
         _finish(result, target)
@@ -821,7 +866,8 @@ def lattice_decode(
     layout = _Layout(z, stride > 0 or copies > 1)
     # With two copies, the result has this layout.
     target = result if copies > 1 else layout.target(result)
-    n, blocks, grid = _grid(z, stride > 0)
+    block = _block(result)
+    n, blocks, grid = _grid(z, stride > 0, block)
     with _on(z):
         _decode_kernel[grid](
             layout.operand(z),
@@ -833,7 +879,7 @@ def lattice_decode(
             z.numel(),
             frac_bits,
             COPIES=copies,
-            BLOCK=BLOCK,
+            BLOCK=block,
             **OPTIONS,
         )
         _finish(result, target)
@@ -852,7 +898,7 @@ def preference_errors(
             error.fill_(0.0 if ref is None else torch.nan)
         return e_theta, e_ref, d
     layout = _Layout(theta, True)
-    n, blocks, grid = _grid(theta, True, BLOCK * ERROR_TILES)
+    n, blocks, grid = _grid(theta, True, ERROR_BLOCK * ERROR_TILES)
     sums = torch.empty(batch * blocks, 3, dtype=torch.float64, device=theta.device)
     # A power of two, so that few numbers of blocks compile a kernel anew.
     sum_tiles = triton.next_power_of_2(-(-blocks // SUM_BLOCK))
@@ -865,7 +911,7 @@ def preference_errors(
             n,
             blocks,
             TILES=ERROR_TILES,
-            BLOCK=BLOCK,
+            BLOCK=ERROR_BLOCK,
             **OPTIONS,
         )
         _means_kernel[(batch,)](
@@ -891,7 +937,8 @@ def preference_backward(
         return result
     layout = _Layout(theta, True)
     out = layout.target(result)
-    n, blocks, grid = _grid(theta, True)
+    block = _block(theta)
+    n, blocks, grid = _grid(theta, True, block)
     with _on(theta):
         _preference_backward_kernel[grid](
             layout.operand(theta),
@@ -902,7 +949,7 @@ def preference_backward(
             out,
             n,
             blocks,
-            BLOCK=BLOCK,
+            BLOCK=block,
             **OPTIONS,
         )
         _finish(result, out)
