@@ -27,8 +27,8 @@ from torch import Tensor
 from inpo_fast.lattice import DEFAULT_FRAC_BITS
 from inpo_fast.ops import validation as check
 from inpo_fast.ops.autograd import AffineFunction, PreferenceErrorsFunction
-from inpo_fast.ops.native import Impl, resolve
-from inpo_fast.ops.registration import OPS, REFERENCE
+from inpo_fast.ops.backends import Impl, resolve
+from inpo_fast.ops.registration import KERNELS
 from inpo_fast.ops.status import STATUS_NONFINITE
 
 __all__ = [
@@ -61,7 +61,7 @@ class PreferenceErrors(NamedTuple):
 
 
 def _kernel(name: str, impl: str, device: torch.device) -> Callable[..., Any]:
-    return REFERENCE[name] if resolve(impl, device) == "reference" else OPS[name]
+    return KERNELS[resolve(impl, device)][name]
 
 
 # --- Float states -----------------------------------------------------------------------------

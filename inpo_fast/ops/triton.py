@@ -22,6 +22,10 @@ from torch import Tensor
 
 from inpo_fast.ops import reference
 
+VERSION: str = triton.__version__
+# TRITON_INTERPRET was set: kernels run in Python, on the CPU.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
 THREADS = 128
 # Elements of a tile of the preference errors: eight for each thread.
 ERROR_BLOCK = 1024
@@ -954,3 +958,9 @@ def preference_backward(
         )
         _finish(result, out)
     return result
+
+
+def probe(device: torch.device) -> None:
+    """Compile and launch a kernel, or raise what keeps Triton from it. Nothing is waited for."""
+    z = torch.zeros(1, dtype=torch.int32, device=device)
+    lattice_update(z, z, None, None, torch.zeros(4, device=device), 1, torch.zeros_like(z))
