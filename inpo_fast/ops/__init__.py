@@ -5,7 +5,7 @@ Importing this package registers ``torch.ops.inpo_fast.*`` and loads the native 
 are built. The functions below are the typed way in; ``inpo_fast.ops.reference`` specifies them.
 """
 
-from inpo_fast.ops.backends import Backend, Impl, backends
+from inpo_fast.ops.choice import Backend, Impl, backends
 from inpo_fast.ops.functional import (
     PreferenceErrors,
     affine_inverse,

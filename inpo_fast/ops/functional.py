@@ -27,7 +27,7 @@ from torch import Tensor
 from inpo_fast.lattice import DEFAULT_FRAC_BITS
 from inpo_fast.ops import validation as check
 from inpo_fast.ops.autograd import AffineFunction, PreferenceErrorsFunction
-from inpo_fast.ops.backends import Impl, resolve
+from inpo_fast.ops.choice import Impl, resolve
 from inpo_fast.ops.registration import KERNELS
 from inpo_fast.ops.status import STATUS_NONFINITE
 

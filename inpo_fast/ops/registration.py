@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from inpo_fast.ops import native, reference
-from inpo_fast.ops.backends import automatic, triton_module
+from inpo_fast.ops.choice import automatic, triton_module
 
 NAMESPACE = "inpo_fast"
 TRITON_NAMESPACE = "inpo_fast_triton"

@@ -2,7 +2,7 @@
 """The operators as Triton kernels, for CUDA GPUs (or, with TRITON_INTERPRET=1, for the CPU).
 
 Functions have the names, the argument order and the bits of ``inpo_fast.ops.reference``; they are
-plain callables that check nothing. This module imports triton: ``inpo_fast.ops.backends`` imports
+plain callables that check nothing. This module imports triton: ``inpo_fast.ops.choice`` imports
 it when the backend is used.
 
 A program of the grid takes BLOCK elements of one row, where a row is a sample if constants differ
