@@ -5,6 +5,7 @@ Importing this package registers ``torch.ops.inpo_fast.*`` and loads the native 
 are built. The functions below are the typed way in; ``inpo_fast.ops.reference`` specifies them.
 """
 
+from inpo_fast.ops.choice import Backend, Impl, backends
 from inpo_fast.ops.functional import (
     PreferenceErrors,
     affine_inverse,
@@ -24,7 +25,7 @@ from inpo_fast.ops.functional import (
     preference_backward,
     preference_errors,
 )
-from inpo_fast.ops.native import Backend, Impl, backends, build_info
+from inpo_fast.ops.native import build_info
 from inpo_fast.ops.status import (
     STATUS_NONFINITE,
     STATUS_RANGE,

@@ -27,8 +27,8 @@ from torch import Tensor
 from inpo_fast.lattice import DEFAULT_FRAC_BITS
 from inpo_fast.ops import validation as check
 from inpo_fast.ops.autograd import AffineFunction, PreferenceErrorsFunction
-from inpo_fast.ops.native import Impl, resolve
-from inpo_fast.ops.registration import OPS, REFERENCE
+from inpo_fast.ops.choice import Impl, resolve
+from inpo_fast.ops.registration import KERNELS
 from inpo_fast.ops.status import STATUS_NONFINITE
 
 __all__ = [
@@ -61,7 +61,7 @@ class PreferenceErrors(NamedTuple):
 
 
 def _kernel(name: str, impl: str, device: torch.device) -> Callable[..., Any]:
-    return REFERENCE[name] if resolve(impl, device) == "reference" else OPS[name]
+    return KERNELS[resolve(impl, device)][name]
 
 
 # --- Float states -----------------------------------------------------------------------------
@@ -75,11 +75,17 @@ def _check_affine(
     m2: Tensor | None,
     status: Tensor | None,
 ) -> None:
+    wide = isinstance(x, Tensor) and x.dtype == torch.float64
+    outputs = check.UP_TO_FLOAT64 if wide else check.UP_TO_FLOAT32
+    rows = check.FLOAT64 if wide else check.FLOAT32
+    if check.is_update(
+        x, y, coef, m1, m2, status, states=check.UP_TO_FLOAT64, outputs=outputs, rows=rows
+    ):
+        return
     check.check_tensor("x", x, check.UP_TO_FLOAT64)
-    wide = x.dtype == torch.float64
     check.check_like("y", y, "x", x, (x.dtype,))
-    check.check_outputs(m1, m2, "x", x, check.UP_TO_FLOAT64 if wide else check.UP_TO_FLOAT32)
-    check.check_rows("coef", coef, "x", x, check.FLOAT64 if wide else check.FLOAT32)
+    check.check_outputs(m1, m2, "x", x, outputs)
+    check.check_rows("coef", coef, "x", x, rows)
     if status is not None:
         check.check_status_word(status, "x", x)
 
@@ -117,7 +123,8 @@ def _affine_in_place(
     impl: Impl,
 ) -> Tensor:
     _check_affine(x, y, coef, m1, m2, status)
-    check.check_no_grad(f"{name} has no gradient, {name[:-1]} has", x=x, y=y, m1=m1, m2=m2)
+    if torch.is_grad_enabled() and check.any_requires_grad((x, y, m1, m2)):
+        check.check_no_grad(f"{name} has no gradient, {name[:-1]} has", x=x, y=y, m1=m1, m2=m2)
     _kernel(name, impl, x.device)(x, y, m1, m2, coef, status)
     return x
 
@@ -217,13 +224,18 @@ def _check_lattice(
     frac_bits: int,
     status: Tensor,
 ) -> None:
-    check.check_tensor("z", z, check.INT32)
-    check.check_like("y", y, "z", z, check.INT32)
-    check.check_outputs(m1, m2, "z", z, check.UP_TO_FLOAT32)
-    check.check_rows("coef", coef, "z", z, check.FLOAT32)
+    states, outputs, rows = check.INT32, check.UP_TO_FLOAT32, check.FLOAT32
+    if status is None or not check.is_update(
+        z, y, coef, m1, m2, status, states=states, outputs=outputs, rows=rows
+    ):
+        check.check_tensor("z", z, states)
+        check.check_like("y", y, "z", z, states)
+        check.check_outputs(m1, m2, "z", z, outputs)
+        check.check_rows("coef", coef, "z", z, rows)
+        check.check_status_word(status, "z", z)
     check.check_frac_bits(frac_bits)
-    check.check_status_word(status, "z", z)
-    check.check_no_grad(_LATTICE_GRAD, m1=m1, m2=m2)
+    if torch.is_grad_enabled() and check.any_requires_grad((m1, m2)):
+        check.check_no_grad(_LATTICE_GRAD, m1=m1, m2=m2)
 
 
 def _lattice(

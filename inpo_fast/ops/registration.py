@@ -3,6 +3,8 @@
 
 The reference serves every device. The native extension registers kernels for its devices under
 the same names; those take precedence wherever they exist, in whichever order the two are loaded.
+Where it has none for CUDA, Triton serves CUDA tensors if it can. It is imported with the first of
+them, and has its operators also by name, as ``torch.ops.inpo_fast_triton``.
 
 The operators have no autograd kernel: gradients are defined by the functions of ``inpo_fast.ops``.
 """
@@ -15,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inpo_fast.ops import reference
+from inpo_fast.ops import native, reference
+from inpo_fast.ops.choice import automatic, triton_module
 
 NAMESPACE = "inpo_fast"
+TRITON_NAMESPACE = "inpo_fast_triton"
 
 _AFFINE = "Tensor y, Tensor? m1, Tensor? m2, Tensor coef, Tensor(STATUS!)? status"
 _LATTICE = (
@@ -107,13 +111,49 @@ def _fake(name: str) -> Callable[..., Any]:
     return _fake_like_two if "scaled" in name else _fake_like_first
 
 
-# The operators live as long as this object.
-_library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
-    _library.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake(_name), lib=_library)
+def _triton_kernel(name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        return getattr(triton_module(), name)(*args)
 
-OPS: dict[str, Callable[..., Any]] = {
-    name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in SCHEMAS
+    return kernel
+
+
+def _cuda_kernel(name: str) -> Callable[..., Any]:
+    """Return the kernel for CUDA tensors where the native extension has none."""
+    choices = {"reference": REFERENCE[name], "triton": _triton_kernel(name)}
+
+    def kernel(first: Tensor, *args: Any) -> Any:
+        return choices[automatic(first.device)](first, *args)
+
+    return kernel
+
+
+def _define(namespace: str, kernels: Callable[[str], Callable[..., Any]]) -> torch.library.Library:
+    """Define every operator in the namespace, which lives as long as the result."""
+    library = torch.library.Library(namespace, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, kernels(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", _fake(name), lib=library)
+    return library
+
+
+def _operators(namespace: str) -> dict[str, Callable[..., Any]]:
+    return {name: getattr(getattr(torch.ops, namespace), name).default for name in SCHEMAS}
+
+
+_library = _define(NAMESPACE, REFERENCE.__getitem__)
+_triton_library = _define(TRITON_NAMESPACE, _triton_kernel)
+if "cuda" not in native.DEVICES:
+    for _name in SCHEMAS:
+        _library.impl(_name, _cuda_kernel(_name), "CUDA")
+
+OPS = _operators(NAMESPACE)
+"""What torch's dispatcher chooses: the native kernels, where there are some."""
+
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "reference": REFERENCE,
+    "native": OPS,
+    "triton": _operators(TRITON_NAMESPACE),
 }
+"""For each backend the operators by name, as they may be called under torch.compile too."""

@@ -5,6 +5,8 @@ operators and then backwards with the other, with a model that is evaluated on t
 track. Bounds are followed on the host, so that no program leaves the range of the lattice.
 """
 
+import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +17,14 @@ from torch import Tensor
 
 from inpo_fast import ops
 from inpo_fast.lattice import lattice_range, ratio_row
+from inpo_fast.ops.choice import resolve
 from tests.ops import cases
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SIZES = (0, 1, 2, 3, 5, 8, 17)
 
-# Which backend runs there and which back. The native one is faster, so it runs more often.
+# Which backend runs there and which back, on the CPU. The native one is faster, so it runs more
+# often.
 RUNS = (
     ("native", "native"),
     ("native", "native"),
@@ -28,6 +32,17 @@ RUNS = (
     ("reference", "native"),
     ("reference", "reference"),
 )
+
+
+def runs_on(device: str) -> Sequence[tuple[str, str]]:
+    """Return the pairs of backends, there and back, that can run on the device."""
+    usable = []
+    for name in ("native", "triton", "reference"):
+        with contextlib.suppress(ValueError):
+            usable.append(resolve(name, torch.device(device)))
+    if device == "cpu":
+        return [pair for pair in RUNS if set(pair) <= set(usable)]
+    return list(itertools.product(usable, usable))
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,7 @@ class Runner:
     def __init__(self, spec: Spec, steps: list[Step], weights: Tensor) -> None:
         self.spec, self.steps, self.weights = spec, steps, weights
         # Brings the range of the lattice to +-4, where tanh is not linear and float16 not infinite.
-        self.scale = torch.tensor(4 / lattice_range(spec.frac_bits))
+        self.scale = torch.tensor(4 / lattice_range(spec.frac_bits), device=weights.device)
 
     def outputs(self, step: Step, y: Tensor, impl: str) -> tuple[Tensor | None, Tensor | None]:
         if step.outputs == 0:
@@ -192,31 +207,43 @@ def start(spec: Spec, rng: np.random.Generator) -> list[Tensor]:
     return [layout(t) if t.dim() == 4 else t for t in (*tracks, *buffers)]
 
 
-def check(spec: Spec) -> None:
+def _on_device(step: Step, device: str) -> Step:
+    ratio = None if step.ratio is None else step.ratio.to(device)
+    return Step(step.j, step.coef.to(device), ratio, step.outputs)
+
+
+def _assert_equal(one: list[Tensor], two: list[Tensor], words: str) -> None:
+    for first, second in zip(one, two, strict=True):
+        assert torch.equal(first, second), words
+
+
+def check(spec: Spec, device: str = "cpu") -> None:
     """Run a program there and back and assert that the bits return.
 
-    Where the way there and the way back have different backends, the way there is also run step
-    by step on both, and every intermediate state must be the same.
+    Where the way there and the way back have different backends, the way there is also run on
+    both, and the states must be the same: each of them on the CPU, and the last one on a GPU, where
+    a look at every one would take most of the time.
     """
     rng = np.random.default_rng(spec.seed)
-    steps = build(spec, rng)
-    begin = start(spec, rng)
-    weights = torch.from_numpy(rng.normal(size=(2, 4))).to(DTYPES[spec.dtype])
+    steps = [_on_device(step, device) for step in build(spec, rng)]
+    begin = [t.to(device) for t in start(spec, rng)]
+    weights = torch.from_numpy(rng.normal(size=(2, 4))).to(device, DTYPES[spec.dtype])
     runner = Runner(spec, steps, weights)
-    status = ops.new_status(4)
+    status = ops.new_status(4, device)
     state = [t.clone() for t in begin]
     shadow = [t.clone() for t in begin]
     for step in steps:
         state = runner.apply(step, state, spec.there, spec.inverse_first, status[0])
         if spec.there != spec.back:
             shadow = runner.apply(step, shadow, spec.back, spec.inverse_first, status[1])
-            for one, two in zip(state, shadow, strict=True):
-                assert torch.equal(one, two), "backends differ on the way there"
+            if device == "cpu":
+                _assert_equal(state, shadow, "backends differ on the way there")
+    if spec.there != spec.back:
+        _assert_equal(state, shadow, "backends differ on the way there")
     assert status.sum() == 0, f"left the lattice: {status.flatten().tolist()}"
     assert all(bool((b >= 0).all()) for b in state[2:])
     for step in reversed(steps):
         state = runner.apply(step, state, spec.back, not spec.inverse_first, status[2])
-    for one, two in zip(state, begin, strict=True):
-        assert torch.equal(one, two), "the bits did not return"
+    _assert_equal(state, begin, "the bits did not return")
     # The way back sees the same increments, and its states are states of the way there.
     assert status.sum() == 0

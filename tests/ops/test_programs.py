@@ -10,23 +10,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inpo_fast import ops
 from tests.ops import cases, programs
 
 PROGRAMS = 2000
 PARTS = 8  # tests, so that workers share them
 
 
-def _runs():
-    if ops.backends()["native"].available:
-        return programs.RUNS
-    return [("reference", "reference")]
-
-
 @st.composite
 def specs(draw):
     shape = tuple(draw(st.lists(st.sampled_from(programs.SIZES), min_size=1, max_size=4)))
-    there, back = draw(st.sampled_from(_runs()))
+    there, back = draw(st.sampled_from(programs.runs_on("cpu")))
     return programs.Spec(
         seed=draw(st.integers(0, 2**31 - 1)),
         shape=shape,

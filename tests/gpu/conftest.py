@@ -1,0 +1,60 @@
+"""Fixtures of the tests that need a GPU; without one they are skipped."""
+
+import contextlib
+
+import pytest
+import torch
+
+from inpo_fast.ops.choice import resolve
+
+
+def _problem(name):
+    try:
+        resolve(name, torch.device("cuda", torch.cuda.current_device()))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(autouse=True)
+def cuda():
+    """The device; skips without one. Memory is filled with NaN before kernels write to it."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield "cuda"
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def impl(request, cuda):
+    """Every backend that runs on the GPU."""
+    problem = _problem(request.param)
+    if problem is not None:
+        pytest.skip(problem)
+    return request.param
+
+
+@pytest.fixture(params=["native", "triton"])
+def kernels(request, cuda):
+    """The backends with kernels for the GPU."""
+    problem = _problem(request.param)
+    if problem is not None:
+        pytest.skip(problem)
+    return request.param
+
+
+@pytest.fixture
+def no_sync(cuda):
+    """A context in which an operation that waits for the device raises."""
+
+    @contextlib.contextmanager
+    def context():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
