@@ -24,7 +24,7 @@ CXX_SOURCES := $(wildcard csrc/*.* csrc/cuda/*.*)
 HAS_HEADERS := import os, sys, sysconfig; \
 	sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
 
-.PHONY: demo test lint format typecheck bench soak clean
+.PHONY: demo test lint format typecheck bench soak sanitize clean
 
 demo: $(DEMO)
 	$(PY) -m inpo_fast demo $(ARGS)
@@ -51,6 +51,13 @@ bench: $(DEV)
 
 soak: $(DEV)
 	$(PY) -m tests.ops.soak --programs 100000 $(ARGS)
+
+# Needs a GPU and CUDA's compute-sanitizer. The first run fills the caches of the compilers.
+sanitize: $(DEV)
+	$(PY) -m tests.gpu.sanitize
+	for tool in memcheck racecheck initcheck synccheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m tests.gpu.sanitize || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info inpo_fast/_C*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

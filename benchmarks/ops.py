@@ -17,7 +17,7 @@ latents, in bfloat16 with a float32 target, forward and backward.
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,8 @@ from torch import Tensor
 from benchmarks.common import Row, captured, interleaved, keep_freed_memory, median_us, speedup
 from inpo_fast import dpo_loss, ops
 from inpo_fast.lattice import ratio_row
-from inpo_fast.ops.native import NATIVE_DEVICES
-from inpo_fast.ops.registration import REFERENCE
+from inpo_fast.ops.choice import resolve
+from inpo_fast.ops.registration import KERNELS, REFERENCE
 
 SMALL = (1, 4, 64, 64)  # 2^14, a latent
 LARGE = {"cpu": (4, 4, 1024, 1024), "cuda": (4, 4, 4096, 4096)}  # 2^24 and 2^28
@@ -132,16 +132,15 @@ def agree(case: Case, functions: dict[str, Callable[..., object]]) -> None:
                 raise AssertionError(f"{case.name} ({case.label}): {name} differs from eager")
 
 
-def backends(device: str) -> dict[str, Callable[[str], Callable[..., object]]]:
-    """Return the backends to measure, as functions from an operator's name to its kernel."""
-    kernels: dict[str, Callable[[str], Callable[..., object]]] = {}
-    if device in NATIVE_DEVICES:
-        kernels["native"] = lambda name: getattr(torch.ops.inpo_fast, name).default
-    if device == "cuda" and ops.backends()["triton"].available:
-        kernels["triton"] = partial(getattr, importlib.import_module("inpo_fast.ops.triton"))
-    if not kernels:
+def backends(device: str) -> dict[str, dict[str, Callable[..., object]]]:
+    """Return the kernels, by name, of each backend that has some for the device."""
+    found = {}
+    for impl in ("native", "triton"):
+        with contextlib.suppress(ValueError):
+            found[impl] = KERNELS[resolve(impl, torch.empty(0, device=device).device)]
+    if not found:
         raise SystemExit(f"benchmarks: nothing to measure: {ops.backends()}")
-    return kernels
+    return found
 
 
 def operator_rows(
@@ -160,7 +159,7 @@ def operator_rows(
         torch._dynamo.reset()
         reference = REFERENCE[case.name]
         functions = {
-            **{backend: kernel(case.name) for backend, kernel in kernels.items()},
+            **{backend: kernel[case.name] for backend, kernel in kernels.items()},
             "eager": reference,
             "compiled": torch.compile(reference, fullgraph=True, dynamic=False),
         }

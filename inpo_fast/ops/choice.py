@@ -87,12 +87,13 @@ def _native_problem(device: torch.device) -> str:
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Say whether machine code for sm_XY runs: on the same major and at least the minor version."""
-    match = re.fullmatch(r"sm_(\d+)(\d)", architecture)
+    """Say whether code for it runs: machine code "sm_XY" on the same major and at least the minor
+    version, "compute_XY" (which the driver compiles) on every later GPU."""
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)", architecture)
     if match is None:
         return False
-    major, minor = map(int, match.groups())
-    return capability[0] == major and capability[1] >= minor
+    built = int(match[2]), int(match[3])
+    return capability >= built and (match[1] == "compute" or capability[0] == built[0])
 
 
 def _dotted(capability: tuple[int, int]) -> str:
