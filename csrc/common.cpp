@@ -32,7 +32,7 @@ bool is_dense(const Tensor& t) {
   return true;
 }
 
-Layout::Layout(const Tensor& x, bool by_sample) : x_(x) {
+Layout::Layout(const Tensor& x, const Device& device, bool by_sample) : device_(device) {
   numel_ = x.numel();
   dim_ = x.dim();
   sizes_ = x.sizes().data();
@@ -64,7 +64,7 @@ bool Layout::matches(const Tensor& t) const {
 
 Tensor Layout::input(const Tensor& t) const {
   if (matches(t)) return t;
-  Tensor copy = empty_strided(x_, sizes_, strides_, dim_, t.scalar_type());
+  Tensor copy = empty_strided(device_, sizes_, strides_, dim_, t.scalar_type());
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -74,17 +74,17 @@ OptionalTensor Layout::input(const OptionalTensor& t) const {
 }
 
 Tensor Layout::output(ScalarType dtype, int64_t copies) const {
-  if (copies == 1) return empty_strided(x_, sizes_, strides_, dim_, dtype);
+  if (copies == 1) return empty_strided(device_, sizes_, strides_, dim_, dtype);
   std::vector<int64_t> sizes(sizes_, sizes_ + dim_);
   sizes[0] *= copies;
-  return empty_strided(x_, sizes.data(), strides_, dim_, dtype);
+  return empty_strided(device_, sizes.data(), strides_, dim_, dtype);
 }
 
 Tensor Layout::target(const Tensor& x) const { return matches(x) ? x : output(x.scalar_type()); }
 
 Tensor Layout::finish(const Tensor& result) const {
   if (strides_ == result_strides_) return result;
-  Tensor copy = empty_strided(x_, sizes_, result_strides_, dim_, result.scalar_type());
+  Tensor copy = empty_strided(device_, sizes_, result_strides_, dim_, result.scalar_type());
   torch::stable::copy_(copy, result);
   return copy;
 }

@@ -31,20 +31,33 @@ using OptionalTensor = std::optional<Tensor>;
 // Elements that one thread takes at least. Below it a second thread costs more than it gains.
 constexpr int64_t kGrain = 32768;
 
+// Where a tensor is. Asked for once: each question to torch takes tens of nanoseconds.
+struct Device {
+  int32_t type = 0, index = 0;
+
+  explicit Device(const Tensor& t) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  }
+
+  bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
+  bool is_cuda() const { return type == aoti_torch_device_type_cuda(); }
+};
+
 inline Source source(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type()}; }
 inline Source source(const OptionalTensor& t) { return t ? source(*t) : Source{}; }
 inline Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), t.scalar_type()}; }
 
 // The Python functions explain wrong arguments; these checks only keep a direct call from reading
 // or writing outside a tensor.
-inline void check_device(const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() &&
-                      t.get_device_index() == x.get_device_index(),
+inline void check_device(const Tensor& t, const Device& device) {
+  const Device own(t);
+  STD_TORCH_CHECK(own.type == device.type && own.index == device.index,
                   "expected tensors on one device");
 }
 
-inline void check_like(const Tensor& t, const Tensor& x) {
-  check_device(t, x);
+inline void check_like(const Tensor& t, const Tensor& x, const Device& device) {
+  check_device(t, device);
   const auto a = t.sizes(), b = x.sizes();
   STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()),
                   "expected tensors of one shape");
@@ -68,9 +81,9 @@ inline void check_float(const Tensor& t, bool allow_double) {
 // Constants of shape [width] or [B, width] (width 1 also [] or [B]), made contiguous.
 class Constants {
  public:
-  Constants(const Tensor& t, const Tensor& x, int64_t width)
+  Constants(const Tensor& t, const Tensor& x, int64_t width, const Device& device)
       : tensor_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {
-    check_device(t, x);
+    check_device(t, device);
     const int64_t dim = t.dim();
     by_sample_ = dim == (width == 1 ? 1 : 2) && t.numel() != width;
     const int64_t rows = by_sample_ ? t.size(0) : 1;
@@ -91,8 +104,8 @@ class Constants {
 };
 
 // Pointer to the status word, int32 [1].
-inline int32_t* status_word(const Tensor& status, const Tensor& x) {
-  check_device(status, x);
+inline int32_t* status_word(const Tensor& status, const Device& device) {
+  check_device(status, device);
   check_dtype(status, ScalarType::Int);
   STD_TORCH_CHECK(status.numel() == 1, "status must have one element");
   return static_cast<int32_t*>(status.mutable_data_ptr());
@@ -113,21 +126,20 @@ void parallel(int32_t (*kernel)(const Arguments&, int64_t, int64_t), const Argum
   });
 }
 
-// On a GPU launch(stream) with the device of x set, its current stream, and a check of the error
+// On a GPU launch(stream) with the device set, its current stream, and a check of the error
 // code that it returns; on the CPU run().
 template <class Launch, class Run>
-void on_device(const Tensor& x, const Launch& launch, const Run& run) {
+void on_device(const Device& device, const Launch& launch, const Run& run) {
 #ifdef USE_CUDA
-  if (x.is_cuda()) {
-    const int32_t index = x.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(index);
+  if (device.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(device.index);
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
     STD_CUDA_CHECK(static_cast<cudaError_t>(launch(stream)));
     return;
   }
 #endif
-  STD_TORCH_CHECK(x.is_cpu(), "this build of inpo_fast._C has no kernels for this device");
+  STD_TORCH_CHECK(device.is_cpu(), "this build of inpo_fast._C has no kernels for this device");
   run();
 }
 
@@ -141,16 +153,13 @@ void on_device(const Tensor& x, const Launch& launch, const Run& run) {
   STABLE_TORCH_LIBRARY_IMPL(inpo_fast, CPU, m) { function(m); }
 #endif
 
-// On the device of x.
-inline Tensor empty_strided(const Tensor& x, const int64_t* sizes, const int64_t* strides,
+inline Tensor empty_strided(const Device& device, const int64_t* sizes, const int64_t* strides,
                             int64_t dim, ScalarType dtype) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, to<int32_t>(from(dtype)),
-      x.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
-      x.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, to<int32_t>(from(dtype)),
+                                                  device.type, device.index, &handle));
   return Tensor(handle);
 }
 
@@ -164,7 +173,7 @@ bool is_dense(const Tensor& t);
 class Layout {
  public:
   // x: [B, ...]. by_sample: samples must be whole blocks of memory.
-  Layout(const Tensor& x, bool by_sample);
+  Layout(const Tensor& x, const Device& device, bool by_sample);
 
   int64_t numel() const { return numel_; }
   int64_t per_sample() const { return numel_ / std::max<int64_t>(dim_ > 0 ? sizes_[0] : 1, 1); }
@@ -188,7 +197,7 @@ class Layout {
  private:
   bool matches(const Tensor& t) const;
 
-  const Tensor& x_;
+  Device device_;
   int64_t numel_ = 0, dim_ = 0;
   const int64_t* sizes_ = nullptr;
   const int64_t* strides_ = nullptr;         // Of this layout.

@@ -20,14 +20,15 @@ constexpr int64_t kBlock = 16384;
 namespace inpo_fast {
 namespace {
 
-void check_operands(const Tensor& theta, const OptionalTensor& ref, const Tensor& target) {
+void check_operands(const Tensor& theta, const OptionalTensor& ref, const Tensor& target,
+                    const Device& device) {
   check_float(theta, true);
   STD_TORCH_CHECK(theta.dim() > 0, "theta must have a batch dimension");
   if (ref) {
-    check_like(*ref, theta);
+    check_like(*ref, theta, device);
     check_dtype(*ref, theta.scalar_type());
   }
-  check_like(target, theta);
+  check_like(target, theta, device);
   if (!is_16bit(theta.scalar_type()) || target.scalar_type() != ScalarType::Float) {
     check_dtype(target, theta.scalar_type());
   }
@@ -60,21 +61,22 @@ void errors_on_cpu(const ErrorArguments& arguments, int64_t batch, const Sink (&
 
 std::tuple<Tensor, Tensor, Tensor> preference_errors(Tensor theta, OptionalTensor ref,
                                                      Tensor target) {
-  check_operands(theta, ref, target);
-  const Layout layout(theta, true);
+  const Device device(theta);
+  check_operands(theta, ref, target, device);
+  const Layout layout(theta, device, true);
   const Tensor theta_flat = layout.input(theta), target_flat = layout.input(target);
   const OptionalTensor ref_flat = layout.input(ref);
 
   const int64_t batch = theta.size(0), per_sample = layout.per_sample(), stride = 1;
   const auto vector = [&](int64_t size, ScalarType dtype) {
-    return empty_strided(theta, &size, &stride, 1, dtype);
+    return empty_strided(device, &size, &stride, 1, dtype);
   };
   const ScalarType dtype = error_dtype(theta);
   const Tensor e_theta = vector(batch, dtype), e_ref = vector(batch, dtype),
                d = vector(batch, dtype);  // [B] each
   const Sink results[3] = {sink(e_theta), sink(e_ref), sink(d)};
   const int64_t blocks =
-      theta.is_cuda() ? error_blocks(batch, per_sample) : (per_sample + kBlock - 1) / kBlock;
+      device.is_cuda() ? error_blocks(batch, per_sample) : (per_sample + kBlock - 1) / kBlock;
   const Tensor sums = vector(3 * batch * blocks, ScalarType::Double);  // [B * blocks * 3]
   const ErrorArguments arguments{source(theta_flat),
                                  source(ref_flat),
@@ -85,25 +87,26 @@ std::tuple<Tensor, Tensor, Tensor> preference_errors(Tensor theta, OptionalTenso
                                  blocks,
                                  static_cast<double*>(sums.mutable_data_ptr())};
   on_device(
-      theta, [&](void* stream) { return cuda::errors(arguments, batch, results, stream); },
+      device, [&](void* stream) { return cuda::errors(arguments, batch, results, stream); },
       [&] { errors_on_cpu(arguments, batch, results); });
   return {e_theta, e_ref, d};
 }
 
 Tensor preference_backward(Tensor theta, OptionalTensor ref, Tensor target, Tensor a, Tensor b) {
-  check_operands(theta, ref, target);
+  const Device device(theta);
+  check_operands(theta, ref, target, device);
   check_dtype(a, error_dtype(theta));
   check_dtype(b, error_dtype(theta));
-  const Layout layout(theta, true);
+  const Layout layout(theta, device, true);
   const Tensor theta_flat = layout.input(theta), target_flat = layout.input(target);
   const OptionalTensor ref_flat = layout.input(ref);
-  const Constants a_rows(a, theta, 1), b_rows(b, theta, 1);
+  const Constants a_rows(a, theta, 1, device), b_rows(b, theta, 1, device);
   const Tensor out = layout.output(theta.scalar_type());
   const BackwardArguments arguments{source(theta_flat), source(ref_flat), source(target_flat),
                                     a_rows.rows(1),     b_rows.rows(1),   layout.per_sample(),
                                     sink(out)};
   on_device(
-      theta, [&](void* stream) { return cuda::backward(arguments, layout.numel(), stream); },
+      device, [&](void* stream) { return cuda::backward(arguments, layout.numel(), stream); },
       [&] { parallel(INPO_CHOOSE(backward), arguments, layout.numel(), nullptr); });
   return layout.finish(out);
 }

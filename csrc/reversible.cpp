@@ -21,11 +21,11 @@ LatticeUnit lattice_unit(int64_t frac_bits) {
 }
 
 void check_outputs(const OptionalTensor& m1, const OptionalTensor& m2, const Tensor& x,
-                   bool allow_double) {
+                   const Device& device, bool allow_double) {
   STD_TORCH_CHECK(m1.has_value() || !m2.has_value(), "m2 needs m1");
   for (const OptionalTensor* m : {&m1, &m2}) {
     if (!m->has_value()) continue;
-    check_like(**m, x);
+    check_like(**m, x, device);
     check_float(**m, allow_double);
   }
 }
@@ -38,15 +38,16 @@ Tensor run_affine(const Tensor& x, const Tensor& y, const OptionalTensor& m1,
                   const OptionalTensor& m2, const Tensor& coef, const OptionalTensor& status) {
   const ScalarType dtype = x.scalar_type();
   const bool wide = dtype == ScalarType::Double;
+  const Device device(x);
   check_float(x, true);
-  check_like(y, x);
+  check_like(y, x, device);
   check_dtype(y, dtype);
-  check_outputs(m1, m2, x, wide);
+  check_outputs(m1, m2, x, device, wide);
   check_dtype(coef, wide ? ScalarType::Double : ScalarType::Float);
-  int32_t* word = status ? status_word(*status, x) : nullptr;
+  int32_t* word = status ? status_word(*status, device) : nullptr;
 
-  const Constants rows(coef, x, 4);
-  const Layout layout(x, rows.by_sample());
+  const Constants rows(coef, x, 4, device);
+  const Layout layout(x, device, rows.by_sample());
   const Tensor x_flat = layout.input(x), y_flat = layout.input(y);
   const OptionalTensor m1_flat = layout.input(m1), m2_flat = layout.input(m2);
   const Tensor out = kInPlace ? layout.target(x) : layout.output(dtype);
@@ -55,7 +56,7 @@ Tensor run_affine(const Tensor& x, const Tensor& y, const OptionalTensor& m1,
                                   rows.rows(4),    per_row(layout, rows.by_sample()),
                                   sink(out)};
   on_device(
-      x,
+      device,
       [&](void* stream) { return cuda::affine(arguments, kInverse, layout.numel(), word, stream); },
       [&] { parallel(INPO_CHOOSE(affine<kInverse>), arguments, layout.numel(), word); });
   if constexpr (kInPlace) {
@@ -90,23 +91,24 @@ std::tuple<Tensor, Tensor> run_lattice(const Tensor& z, const Tensor* buffer, co
                                        const OptionalTensor& m1, const OptionalTensor& m2,
                                        const Tensor& coef, const Tensor* ratio, int64_t frac_bits,
                                        const Tensor& status) {
+  const Device device(z);
   check_dtype(z, ScalarType::Int);
-  check_like(y, z);
+  check_like(y, z, device);
   check_dtype(y, ScalarType::Int);
-  check_outputs(m1, m2, z, false);
+  check_outputs(m1, m2, z, device, false);
   check_dtype(coef, ScalarType::Float);
-  int32_t* word = status_word(status, z);
+  int32_t* word = status_word(status, device);
 
-  const Constants rows(coef, z, 4);
+  const Constants rows(coef, z, 4, device);
   std::optional<Constants> ratios;
   if (buffer != nullptr) {
-    check_like(*buffer, z);
+    check_like(*buffer, z, device);
     check_dtype(*buffer, ScalarType::Long);
     check_dtype(*ratio, ScalarType::Long);
-    ratios.emplace(*ratio, z, 4);
+    ratios.emplace(*ratio, z, 4, device);
   }
   const bool by_sample = rows.by_sample() || (ratios && ratios->by_sample());
-  const Layout layout(z, by_sample);
+  const Layout layout(z, device, by_sample);
   const Tensor z_flat = layout.input(z), y_flat = layout.input(y);
   const OptionalTensor m1_flat = layout.input(m1), m2_flat = layout.input(m2);
   const Tensor out = kInPlace ? layout.target(z) : layout.output(ScalarType::Int);
@@ -132,7 +134,7 @@ std::tuple<Tensor, Tensor> run_lattice(const Tensor& z, const Tensor* buffer, co
     arguments.ratio_by_sample = ratios->by_sample();
   }
   on_device(
-      z,
+      device,
       [&](void* stream) {
         return cuda::lattice(arguments, kInverse, layout.numel(), word, stream);
       },
@@ -149,7 +151,7 @@ std::tuple<Tensor, Tensor> run_lattice(const Tensor& z, const Tensor* buffer, co
     return {layout.finish(out), out};
   } else {
     // A buffer in another layout than z keeps its own.
-    const Layout own(*buffer, false);
+    const Layout own(*buffer, device, false);
     return {layout.finish(out), own.input(*buffer_out)};
   }
 }
@@ -189,28 +191,30 @@ void check_scale(const Tensor& scale) {
 }
 
 Tensor lattice_encode(Tensor x, Tensor scale, int64_t frac_bits, Tensor status) {
+  const Device device(x);
   check_float(x, true);
   check_scale(scale);
-  const Constants scales(scale, x, 1);
-  const Layout layout(x, scales.by_sample());
+  const Constants scales(scale, x, 1, device);
+  const Layout layout(x, device, scales.by_sample());
   const Tensor x_flat = layout.input(x);
   const Tensor out = layout.output(ScalarType::Int);
   const EncodeArguments arguments{source(x_flat), scales.rows(1),
                                   per_row(layout, scales.by_sample()), lattice_unit(frac_bits),
                                   static_cast<int32_t*>(out.mutable_data_ptr())};
-  int32_t* word = status_word(status, x);
+  int32_t* word = status_word(status, device);
   on_device(
-      x, [&](void* stream) { return cuda::encode(arguments, layout.numel(), word, stream); },
+      device, [&](void* stream) { return cuda::encode(arguments, layout.numel(), word, stream); },
       [&] { parallel(INPO_CHOOSE(encode), arguments, layout.numel(), word); });
   return layout.finish(out);
 }
 
 Tensor lattice_decode(Tensor z, Tensor scale, int64_t frac_bits, int64_t copies, ScalarType dtype) {
+  const Device device(z);
   check_dtype(z, ScalarType::Int);
   check_scale(scale);
   STD_TORCH_CHECK(copies == 1 || (copies == 2 && z.dim() > 0), "copies must be 1 or 2");
-  const Constants scales(scale, z, 1);
-  const Layout layout(z, scales.by_sample() || copies > 1);
+  const Constants scales(scale, z, 1, device);
+  const Layout layout(z, device, scales.by_sample() || copies > 1);
   const Tensor z_flat = layout.input(z);
   const Tensor out = layout.output(dtype, copies);
   check_float(out, true);
@@ -222,7 +226,7 @@ Tensor lattice_decode(Tensor z, Tensor scale, int64_t frac_bits, int64_t copies,
                                   layout.numel(),
                                   sink(out)};
   on_device(
-      z, [&](void* stream) { return cuda::decode(arguments, stream); },
+      device, [&](void* stream) { return cuda::decode(arguments, stream); },
       [&] { parallel(INPO_CHOOSE(decode), arguments, layout.numel(), nullptr); });
   return copies == 1 ? layout.finish(out) : out;
 }
