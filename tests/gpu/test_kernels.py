@@ -16,6 +16,15 @@ every_layout = pytest.mark.parametrize("layout", cases.LAYOUTS.values(), ids=cas
 every_dtype = pytest.mark.parametrize("dtype", equality.DTYPES, ids=str)
 
 
+@pytest.fixture(autouse=True)
+def poisoned_memory(cuda):
+    """Fill new memory with NaN, so that an element that a kernel forgets shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 def assert_same(impl, device, calls):
     """The backend on the device against the reference on the CPU."""
     for call in calls:
