@@ -263,9 +263,11 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         listed = self.timesteps
         if not isinstance(timestep, Tensor) or listed is not self._listed or timestep.numel() != 1:
             return None
+        alike = (timestep.device, timestep.dtype) == (listed.device, listed.dtype)
+        if not alike or _address(timestep) != _address(listed):
+            return None
         index = int(timestep.storage_offset()) - int(listed.storage_offset())
-        same = 0 <= index < len(listed) and timestep.reshape(()).is_set_to(listed[index])
-        return index if same else None
+        return index if 0 <= index < len(listed) else None
 
     def _locate(self, timestep: float | Tensor) -> tuple[int | None, int, Run | None]:
         """Position (None where unknown) and value of a step's timestep, and the run that it
@@ -474,6 +476,10 @@ class InverseScheduler(ReversibleScheduler):
         scale = program.start[program.input]
         assert scale is not None
         return sample * (program.updates[0].model_scale / scale)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _pair(state: State) -> tuple[Tensor, Tensor]:
