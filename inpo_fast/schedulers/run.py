@@ -40,6 +40,14 @@ class Plan:
         self.times = [int(u.timestep) for u in program.updates if u.node is not None]
         self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Rows, Rows]] = {}
 
+    def clean(self, call: int, output: Tensor, sample: Tensor) -> Tensor:
+        """[B, …] x̂ from the model's output at `sample`, at the noise level of the call's timestep;
+        in the dtype of `sample`."""
+        dtype = track_dtype(sample)
+        _, denoising = self.rows(sample.device, dtype)
+        z = sample.to(dtype)
+        return ops.affine_update(z, z, denoising[call], output).to(sample.dtype)
+
     def rows(self, device: torch.device, dtype: torch.dtype) -> tuple[Rows, Rows]:
         """Rows [4] for the operators, one for every update, and one for every model call that gives
         x̂; copied to a device once."""
@@ -113,7 +121,7 @@ class Run:
         self.plan = plan
         self.indices = indices
         self.done = 0
-        self._dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        self._dtype = track_dtype(sample)
         self._given = given is not None
         self._position = 0
         program = plan.program
@@ -133,6 +141,14 @@ class Run:
     def finished(self) -> bool:
         """Whether every call has been made."""
         return self.done == len(self.plan.times)
+
+    @property
+    def index(self) -> int | None:
+        """Position in the scheduler's list of the next call, or one past the last."""
+        if not self.finished:
+            return self.indices[self.done]
+        last = self.indices[-1]
+        return None if last is None else last + 1
 
     def expects(self, index: int | None, timestep: int) -> bool:
         """Whether the next call is the one at this timestep, and at this position of the list where
@@ -161,17 +177,16 @@ class Run:
             [B, …] what the model has to see next (at the end, the result), and [B, …] x̂.
         """
         self._check(sample)
-        rows, denoising = self.plan.rows(sample.device, self._dtype)
+        rows, _ = self.plan.rows(sample.device, self._dtype)
         self._tracks = [track.to(sample.device) for track in self._tracks]
         self._take(sample)
-        z = sample.to(self._dtype)
-        clean = ops.affine_update(z, z, denoising[self.done], output)
+        clean = self.plan.clean(self.done, output, sample)
         self._update(rows, output)
         self.done += 1
         self._settle(rows)
         self._shown = self.shown(sample.dtype)
         # a copy, so that what the caller does to its tensor in place is seen as a change
-        return self._shown.clone(), clean.to(sample.dtype)
+        return self._shown.clone(), clean
 
     def state(self) -> State:
         """Both tracks as they are, in the form in which a `Sampler` has them."""
@@ -237,6 +252,11 @@ class Run:
             self._update(rows, None)
         ended = self._position == len(updates)
         self._reading = self.plan.program.output if ended else 1 - updates[self._position].track
+
+
+def track_dtype(sample: Tensor) -> torch.dtype:
+    """float64 for float64 samples, else float32."""
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32
 
 
 def _to_track(sample: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -14,10 +14,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 
 from ..schedule import NoiseSchedule
 from ..solvers import Program, bdia
+from .scheduling_inverse import InverseScheduler
 from .scheduling_reversible import (
     Betas,
     BetaSchedule,
-    InverseScheduler,
     PredictionType,
     ReversibleScheduler,
     TimestepSpacing,

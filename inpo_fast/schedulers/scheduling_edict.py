@@ -17,10 +17,10 @@ from torch import Tensor
 from ..schedule import NoiseSchedule
 from ..solvers import Program, edict
 from .run import Plan
+from .scheduling_inverse import InverseScheduler
 from .scheduling_reversible import (
     Betas,
     BetaSchedule,
-    InverseScheduler,
     PredictionType,
     ReversibleScheduler,
     TimestepSpacing,
@@ -38,8 +38,8 @@ class EDICTScheduler(ReversibleScheduler):
     mixing layers, the track that the next pair looks at first (the tracks take turns). The last one
     is the first track, the result. See `ReversibleScheduler` for runs and states.
 
-    A run that begins at the second call of a pair, as SDXL's `denoising_start` does with schedulers
-    of order 2, takes one DDIM step there.
+    A run may begin at the second call of a pair, as SDXL's `denoising_start` does with schedulers
+    of order 2. There the latents are one level further already: that step returns them unchanged.
 
     Args:
         mixing_coeff: p in (1/2, 1]; its inversion grows as p^−2N, at 1 the tracks drift apart.
@@ -110,10 +110,6 @@ class EDICTInverseScheduler(InverseScheduler, EDICTScheduler):
         return [t for t in grid for _ in range(self.order)]
 
     def _make_plan(self, index: int | None, timestep: int) -> Plan:
-        if index is not None and index % 2 == 1:
-            raise ValueError(
-                f"timestep must be the first of its pair to begin a run, got the second {timestep}"
-            )
         ahead = [timestep, *(t for t in self._grid if t > timestep)]
         behind = [t for t in self._grid if t < timestep][-1:]
         schedule = self._schedule([*behind, *ahead], clean=not behind)

@@ -12,10 +12,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 
 from ..schedule import NoiseSchedule
 from ..solvers import Program, obelm
+from .scheduling_inverse import InverseScheduler
 from .scheduling_reversible import (
     Betas,
     BetaSchedule,
-    InverseScheduler,
     PredictionType,
     ReversibleScheduler,
     TimestepSpacing,

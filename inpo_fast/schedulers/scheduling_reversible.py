@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..sampler import State
 from ..schedule import NoiseSchedule, spaced_timesteps
-from ..solvers import Direction, Program, ddim
+from ..solvers import Direction, Program
 from .run import Plan, Run
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+Pair = tuple[Tensor, Tensor]
 Betas: TypeAlias = "NDArray[Any] | Sequence[float] | None"
 
 
@@ -210,12 +211,8 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             remaining = [*(t for t in self._grid if t < timestep), timestep]
         else:
             remaining = self._grid[: len(self._grid) - index // self.order]
-        if index is None or index % self.order == 0:
-            schedule = self._schedule(remaining, clean=True)
-            return Plan(schedule, self._solver(schedule))
-        # a run that begins within a timestep has one call left there, which a DDIM step takes
-        schedule = self._schedule(remaining[-2:], clean=len(remaining) == 1)
-        return Plan(schedule, ddim(schedule, direction=self.direction))
+        schedule = self._schedule(remaining, clean=True)
+        return Plan(schedule, self._solver(schedule))
 
     # --- The run -------------------------------------------------------------------------------
 
@@ -281,6 +278,19 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return index, value, run
 
     def _begin(self, index: int | None, timestep: int, sample: Tensor) -> Run:
+        plan = self._plan(index, timestep)
+        given = self._pending
+        if given is not None:
+            self._check_state(given, plan)
+            self._check_sample(given, sample)
+        self._pending = None
+        # of the calls, those at a timestep that is not in the list come first
+        unlisted = self.order if index is None else 0
+        first = len(self._times) - (len(plan.times) - unlisted) if index is None else index
+        indices = [*[None] * unlisted, *range(first, len(self._times))]
+        return Run(plan, sample, given=None if given is None else _pair(given), indices=indices)
+
+    def _check_begin(self, timestep: int, sample: Tensor) -> None:
         if not isinstance(sample, Tensor) or not sample.is_floating_point() or not sample.ndim:
             raise TypeError(
                 "sample must be a floating tensor [B, …], got "
@@ -288,23 +298,6 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         if not 0 <= timestep < len(self._table):
             raise ValueError(f"timestep must be within 0 … {len(self._table) - 1}, got {timestep}")
-        plan = self._plan(index, timestep)
-        given = self._pending
-        if given is not None:
-            self._check_state(given, plan)
-            self._check_sample(given, sample)
-        calls = len(plan.times)
-        own = calls if index is not None else self.order  # calls at the timestep it begins with
-        last = len(self._times)
-        first = index if index is not None else last - (calls - own)
-        indices = [None] * (own if index is None else 0) + list(range(first, last))
-        self._pending = None
-        return Run(
-            plan,
-            sample,
-            given=None if given is None else _pair(given),
-            indices=indices[:calls],
-        )
 
     def step(
         self,
@@ -316,7 +309,7 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> DDIMSchedulerOutput | Pair:
         """One step of the run that `timestep` continues or begins.
 
         Args:
@@ -343,18 +336,29 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError("variance_noise must be None: a step with noise has no inverse")
         index, value, run = self._locate(timestep)
         if run is None:
-            run = self._begin(index, value, sample)
-        prev_sample, pred_original_sample = run.advance(model_output, sample)
-        self._run = run
-        last = run.indices[run.done - 1]
-        self._step_index = (
-            run.indices[run.done] if not run.finished else None if last is None else last + 1
-        )
+            self._check_begin(value, sample)
+        if run is None and index is not None and index % self.order != 0:
+            result = self._pass(index, value, model_output, sample)
+        else:
+            run = self._begin(index, value, sample) if run is None else run
+            result = run.advance(model_output, sample)
+            self._run = run
+            self._step_index = run.index
         if not return_dict:
-            return prev_sample, pred_original_sample
-        return DDIMSchedulerOutput(
-            prev_sample=prev_sample, pred_original_sample=pred_original_sample
-        )
+            return result
+        return DDIMSchedulerOutput(prev_sample=result[0], pred_original_sample=result[1])
+
+    def _pass(self, index: int, timestep: int, output: Tensor, sample: Tensor) -> Pair:
+        """A run that begins at a later call of a timestep (order 2): there the sample already is at
+        the level that this timestep's calls go to, so it stays as it is."""
+        if self._pending is not None:
+            raise ValueError(
+                "timestep must be the first one of the list to begin from a state, got the second "
+                f"{timestep} (set_state(None) takes the state back)"
+            )
+        clean = self._plan(index, timestep).clean(0, output, sample)
+        self._run, self._step_index = None, index + 1
+        return sample.clone(), clean
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What the model is called on; the sample itself."""
@@ -433,56 +437,11 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return int(self.config.num_train_timesteps)
 
 
-class InverseScheduler(ReversibleScheduler):
-    """Base of the inverses: data to noise, with the same interface.
-
-    `timesteps` holds the timestep of every model call, in the order of the calls. Unlike
-    `DDIMInverseScheduler`, a two-step solver is called at the noise level where the sample stands,
-    so its list begins with the clean end, t = 0, and ends one short of the noisiest timestep.
-    """
-
-    direction = "invert"
-
-    @property
-    def _clean_end_is_mute(self) -> bool:
-        """Whether the model's output at node 0 says nothing about the noise, so that the first call
-        is at the timestep of node 1."""
-        return self.config.prediction_type == "sample" and float(self.final_alpha_cumprod) == 1
-
-    def _call_times(self, grid: list[int]) -> list[int]:
-        return [grid[0] if self._clean_end_is_mute else 0, *grid[:-1]]
-
-    def _make_plan(self, index: int | None, timestep: int) -> Plan:
-        remaining = [t for t in self._grid if index == 0 or t > timestep]
-        if not remaining:
-            raise ValueError(
-                f"timestep must be below the noisiest one, {self._grid[-1]}, got {timestep}"
-            )
-        if index == 0:
-            schedule = self._schedule(remaining, clean=True)
-        else:
-            schedule = self._schedule([timestep, *remaining], clean=False)
-        return Plan(schedule, self._solver(schedule))
-
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """What the model is called on: the sample, except in the first call with sample prediction
-        from clean data, which is at the next timestep and needs z at the level of that one."""
-        if self.num_inference_steps is None or timestep is None or not self._clean_end_is_mute:
-            return sample
-        index, value, run = self._locate(timestep)
-        if run is not None or index != 0:
-            return sample
-        program = self._plan(index, value).program
-        scale = program.start[program.input]
-        assert scale is not None
-        return sample * (program.updates[0].model_scale / scale)
-
-
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _pair(state: State) -> tuple[Tensor, Tensor]:
+def _pair(state: State) -> Pair:
     first, second = state.tracks
     assert first is not None and second is not None
     return first, second
