@@ -54,7 +54,7 @@ class Plan:
         key = (device, dtype)
         if key not in self._on_device:
             tables = torch.from_numpy(self.program.coefficients()), self._denoising()
-            updates, denoising = (table.to(device, dtype).unbind() for table in tables)
+            updates, denoising = (_to_device(t, device, dtype).unbind() for t in tables)
             self._on_device[key] = updates, denoising
         return self._on_device[key]
 
@@ -252,6 +252,12 @@ class Run:
             self._update(rows, None)
         ended = self._position == len(updates)
         self._reading = self.plan.program.output if ended else 1 - updates[self._position].track
+
+
+def _to_device(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The table on the device; the host does not wait for it."""
+    table = table.to(dtype)
+    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
 
 
 def track_dtype(sample: Tensor) -> torch.dtype:

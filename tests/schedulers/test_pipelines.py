@@ -53,20 +53,34 @@ def calls_of():
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("cls", FORWARD)
-def test_drop_in(pipe_of, calls_of, family, cls):
+def test_drop_in(pipe_of, calls_of, monkeypatch, family, cls):
     pipe = pipe_of(family)
     pipe.scheduler = cls.from_config(pipe.scheduler.config)
-    progress = []
+    progress, bar = [], []
+
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, count=1):
+            bar.append(count)
 
     def watch(pipe, step, t, tensors):
         progress.append((step, int(t)))
         return tensors
 
+    monkeypatch.setattr(pipe, "progress_bar", lambda total=None: Bar())
     first, calls = calls_of(pipe, lambda: tiny.call(pipe, family, callback_on_step_end=watch))
     steps = int(5 * tiny.FAMILIES[family][1].get("strength", 1))
     expected = pipe.scheduler.timesteps[-steps * cls.order :].tolist()
     assert [t for t, _ in calls] == [t for _, t in progress] == expected
+    # the bar counts steps, not calls
+    assert bar == [1] * steps
     assert first.isfinite().all()
+    monkeypatch.undo()
     # a second call of the pipeline, and one after an interrupted call, know nothing of the first
     assert torch.equal(tiny.call(pipe, family), first)
 
