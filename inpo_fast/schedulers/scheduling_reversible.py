@@ -283,7 +283,6 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if given is not None:
             self._check_state(given, plan)
             self._check_sample(given, sample)
-        self._pending = None
         # of the calls, those at a timestep that is not in the list come first
         unlisted = self.order if index is None else 0
         first = len(self._times) - (len(plan.times) - unlisted) if index is None else index
@@ -340,10 +339,12 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if run is None and index is not None and index % self.order != 0:
             result = self._pass(index, value, model_output, sample)
         else:
-            run = self._begin(index, value, sample) if run is None else run
-            result = run.advance(model_output, sample)
-            self._run = run
-            self._step_index = run.index
+            begun = self._begin(index, value, sample) if run is None else run
+            result = begun.advance(model_output, sample)
+            if run is None:
+                # only now: a refused step uses nothing up
+                self._pending = None
+            self._run, self._step_index = begun, begun.index
         if not return_dict:
             return result
         return DDIMSchedulerOutput(prev_sample=result[0], pred_original_sample=result[1])
@@ -378,16 +379,19 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def set_state(self, state: State | None) -> Tensor | None:
         """Begin the next run from both tracks of a run in the other direction.
 
-        The next run has to begin at the start of `timesteps`, on the grid of the run that left the
-        state, and uses the state up. A two-step solver takes its first result from the state, so it
-        makes no use of the first model output.
+        Ends the run in progress. The next one has to begin at the start of `timesteps`, on the grid
+        of the run that left the state, and uses the state up; `set_timesteps` leaves it in place. A
+        two-step solver takes its first result from the state, so it makes no use of the first model
+        output.
 
         Args:
             state: the `state` that the scheduler of the other direction (or a `Sampler` on floating
                 tracks) had when its run had ended; None takes a state back.
 
         Returns:
-            [B, …] what the model has to see first, the `latents` of a pipeline; None for None.
+            [B, …] what the model has to see first, the `latents` of a pipeline, float32 (or float64
+            like the state). Cast to the 16-bit dtype of a pipeline they still stand for the tracks
+            in their precision. None for None.
 
         Raises:
             ValueError: the state of an unfinished run, or of another solver, grid, table or
@@ -400,6 +404,7 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise TypeError(f"state must be an inpo_fast.State, got {type(state).__name__}")
         plan = self._plan(0, self._times_now()[0])
         self._check_state(state, plan)
+        self._forget()
         self._pending = state
         pair = _pair(state)
         wide = pair[0].dtype == torch.float64

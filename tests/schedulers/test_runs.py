@@ -239,6 +239,33 @@ def test_a_state_is_used_once():
     assert not torch.equal(loop(down, noise), exact)
 
 
+def test_a_refused_step_does_not_use_the_state_up():
+    forward, inverse, _ = PAIRS["obelm"]
+    up, down = make(inverse), make(forward)
+    sample = normal(2, 3)
+    loop(up, sample)
+    first = down.set_state(up.state)
+    with pytest.raises(ValueError, match="m1 must have the shape"):
+        down.step(first[:1], down.timesteps[0], first)
+    torch.testing.assert_close(loop(down, first), sample, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_state_keeps_its_precision_under_16_bit_latents(name):
+    forward, inverse, _ = PAIRS[name]
+    up, down = make(inverse), make(forward)
+    loop(up, normal(2, 3))
+    first = down.set_state(up.state)
+    outputs = [normal(2, 3, seed=seed) for seed in range(len(down.timesteps))]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        down.set_state(up.state)
+        left = iter(outputs)
+        loop(down, first.to(dtype), lambda z, t: next(left))  # noqa: B023
+        results.append(down.state)
+    assert results[0].equal(results[1])
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_part_of_the_way_and_back(name):
     # img2img's latents, inverted instead of noised
