@@ -20,7 +20,7 @@ from .. import ops
 from ..sampler import State
 from ..schedule import NoiseSchedule
 from ..solvers import AmplificationWarning, Program
-from ..solvers.program import model_update
+from ..solvers.program import Stages, model_update
 
 Rows = tuple[Tensor, ...]
 
@@ -61,11 +61,12 @@ class Plan:
     def _denoising(self) -> Tensor:
         """[calls, 4] x̂ from (z, m), at the noise level of the call's timestep: on u = z/ℓ, the step
         to τ = 0."""
-        scale, tau = self.schedule.scale, self.schedule.tau
-        updates = [
-            model_update(self.schedule, n, 0, Fraction(0), skip=1 / scale[n], gain=-tau[n])
-            for n in self._nodes
-        ]
+        updates = []
+        for node in self._nodes:
+            point = self.schedule.point(node)
+            skip, gains = 1 / point.scale, [-point.tau]
+            stages = Stages((node,))
+            updates.append(model_update(self.schedule, stages, 0, Fraction(0), skip, gains))
         return torch.tensor([(0.0, u.b, u.c, 0.0) for u in updates], dtype=torch.float64)
 
     @cached_property
