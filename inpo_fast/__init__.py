@@ -3,6 +3,8 @@
 The operators under both are torch custom ops, `torch.ops.inpo_fast.*`, and typed functions here.
 """
 
+from typing import Any
+
 from ._version import __version__
 from .losses import PreferenceLoss, dpo_loss
 from .ops import (
@@ -90,3 +92,25 @@ __all__ = [
     "preference_backward",
     "preference_errors",
 ]
+
+# These need diffusers, which is imported with the first one that is asked for.
+_SCHEDULERS = (
+    "BDIAInverseScheduler",
+    "BDIAScheduler",
+    "EDICTInverseScheduler",
+    "EDICTScheduler",
+    "OBELMInverseScheduler",
+    "OBELMScheduler",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SCHEDULERS:
+        from . import schedulers
+
+        return getattr(schedulers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SCHEDULERS})
