@@ -73,6 +73,8 @@ def refusal(impl, device):
         (["sm_86"], (8, 0), False),
         (["sm_80", "sm_90"], (9, 0), True),
         (["sm_90"], (10, 0), False),
+        (["sm_80", "compute_80"], (9, 0), True),
+        (["sm_90", "compute_90"], (8, 0), False),
         (["sm_100"], (10, 0), True),
         (["sm_100"], (1, 0), False),
         ([], (9, 0), False),
