@@ -3,7 +3,7 @@
 
 For each: model calls of both directions, whether the bits return on the lattice, the largest error
 of the same trip with float32 tracks, the deviation of the noise, and the time of the whole trip.
-The weights are random, so the noise says what a solver does to it and not how good an edit would be.
+The weights are random: the noise says what a solver does to it, not how good an edit would be.
 """
 
 from __future__ import annotations
