@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 import inpo_fast
-from inpo_fast import SOLVERS, AmplificationWarning, invert
+from inpo_fast import SOLVERS, AmplificationWarning, BDIAScheduler, EDICTScheduler, invert
 from tests.pipelines import tiny
 
 STEPS = 3
@@ -207,6 +207,13 @@ def test_numbers_of_numpy_and_torch(pipe, tmp_path):
     other.save(tmp_path / "numbers")
     loaded = other.load(tmp_path / "numbers", pipe, timesteps=[900, 500, 20], guidance_scale=2.5)
     assert loaded.reconstruct().bits_equal
+
+
+@pytest.mark.parametrize("scheduler", [BDIAScheduler, EDICTScheduler])
+def test_schedulers_of_this_package_give_their_grid(pipe, scheduler):
+    own = tiny.build("sd")
+    own.scheduler = scheduler.from_config(own.scheduler.config)
+    assert inverted(own).state.equal(inverted(pipe).state)
 
 
 def test_strength_uses_the_cleanest_part_of_the_grid(pipe):
