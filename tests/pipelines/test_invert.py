@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderTiny
 
 import inpo_fast
@@ -389,10 +390,16 @@ def test_lazy_names_of_the_package():
         inpo_fast.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "offloaded"])
 def test_threads_on_one_pipeline(pipe_of, name):
     """The same bytes as one after the other, prompts of different length included."""
-    pipe = pipe_of(name)
+    if name == "offloaded":
+        pipe = tiny.build("sd")
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+            # every call brings the weights in and takes them away again
+            cpu_offload(part, torch.device("cpu"), offload_buffers=True)
+    else:
+        pipe = pipe_of(name)
     jobs = [(tiny.images(seed=k), "a " + "cat " * k, 1.0 + k) for k in range(4)]
 
     def work(job):
