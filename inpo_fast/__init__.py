@@ -3,6 +3,7 @@
 The operators under both are torch custom ops, `torch.ops.inpo_fast.*`, and typed functions here.
 """
 
+from importlib import import_module
 from typing import Any
 
 from ._version import __version__
@@ -94,23 +95,23 @@ __all__ = [
 ]
 
 # These need diffusers, which is imported with the first one that is asked for.
-_SCHEDULERS = (
-    "BDIAInverseScheduler",
-    "BDIAScheduler",
-    "EDICTInverseScheduler",
-    "EDICTScheduler",
-    "OBELMInverseScheduler",
-    "OBELMScheduler",
-)
+_LAZY = {
+    "BDIAInverseScheduler": "schedulers",
+    "BDIAScheduler": "schedulers",
+    "EDICTInverseScheduler": "schedulers",
+    "EDICTScheduler": "schedulers",
+    "Inversion": "pipelines",
+    "OBELMInverseScheduler": "schedulers",
+    "OBELMScheduler": "schedulers",
+    "invert": "pipelines",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SCHEDULERS:
-        from . import schedulers
-
-        return getattr(schedulers, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SCHEDULERS})
+    return sorted({*globals(), *_LAZY})

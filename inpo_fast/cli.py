@@ -32,7 +32,17 @@ COMMANDS = {
         "invert, edit and align with the shipped model, and write a report",
         extra="demo",
     ),
+    "edit": Command(
+        "inpo_fast.pipelines.edit_command",
+        "draw an inverted image under another prompt",
+        extra="diffusers",
+    ),
     "env": Command("inpo_fast.environment", "print versions, hardware and backends"),
+    "invert": Command(
+        "inpo_fast.pipelines.invert_command",
+        "turn an image into noise from which it comes back exactly",
+        extra="diffusers",
+    ),
     "validate-data": Command(
         "inpo_fast.training.validate_data",
         "count pairs, ties, corrupt images and duplicates before training",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import ops
 from .lattice import DEFAULT_FRAC_BITS, MAX_BUFFER, lattice_range
 from .loop import EagerLoop, GraphLoop, Kind, Model, Stepper, Tables, reproducible
-from .solvers.program import AmplificationWarning, Ends, Program, Update, is_unguided
+from .solvers.program import Ends, Program, Update, is_unguided, unwarned
 from .state import FLOAT_STATES, State, StateKind
 
 __all__ = ["Callback", "Model", "Sampler", "State", "StateKind"]
@@ -119,9 +118,8 @@ class Sampler:
             impl=impl,
         )
         self._graphs: GraphLoop | None = None
-        with warnings.catch_warnings():
-            # the amplification of the inverse concerns only those who run it
-            warnings.simplefilter("ignore", AmplificationWarning)
+        # the amplification of the inverse concerns only those who run it
+        with unwarned():
             self._inverse = program.inverse().fingerprint if program.reversible else None
 
     @torch.no_grad()

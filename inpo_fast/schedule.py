@@ -22,8 +22,9 @@ host.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -267,6 +268,42 @@ class NoiseSchedule:
         """The cleanest node at which the model can be called: 0, or 1 where node 0 is undefined."""
         return 0 if self.callable_at(0) else 1
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the grid and of how the model's output is read on it."""
+        head = f"{self.kind} {self.prediction_type} {self.sigma_data.hex()}"
+        grid = np.stack([self.timesteps, self.alpha, self.sigma]).astype("<f8")
+        return hashlib.sha256(head.encode() + grid.tobytes()).hexdigest()
+
+    def cleanest(self, num_steps: int) -> NoiseSchedule:
+        """Nodes 0 … `num_steps` of this grid.
+
+        Raises:
+            ValueError: not in 1 … N.
+        """
+        _require_steps(num_steps)
+        if num_steps > self.num_steps:
+            raise ValueError(
+                f"num_steps must be at most the {self.num_steps} of the grid, got {num_steps}"
+            )
+        kept = slice(num_steps + 1)
+        return replace(
+            self,
+            timesteps=self.timesteps[kept],
+            alpha=self.alpha[kept],
+            sigma=self.sigma[kept],
+        )
+
+    def fraction(self, strength: float) -> NoiseSchedule:
+        """The cleanest `strength` of the steps, rounded, at least one.
+
+        Raises:
+            ValueError: not in (0, 1].
+        """
+        if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+            raise ValueError(f"strength must be in (0, 1], got {strength!r}")
+        return self.cleanest(max(1, round(self.num_steps * strength)))
+
     @classmethod
     def from_alphas_cumprod(
         cls,
@@ -455,6 +492,14 @@ class NoiseSchedule:
                     f"inverse; make one with {type(scheduler).__name__}.from_config("
                     f"scheduler.config, {option}=False)"
                 )
+        predicts = getattr(config, "prediction_type", None)
+        if predicts not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                "scheduler must have the prediction_type that the model was trained with, "
+                f"'epsilon', 'v_prediction' or 'sample', got {predicts!r}: make one with "
+                "DDIMScheduler.from_config(scheduler.config, prediction_type=...), or for "
+                "rectified flow with FlowMatchEulerDiscreteScheduler"
+            )
         table = scheduler.alphas_cumprod.double().cpu().numpy()
         final = getattr(scheduler, "final_alpha_cumprod", None)
         return cls.from_alphas_cumprod(
@@ -464,7 +509,7 @@ class NoiseSchedule:
             steps_offset=getattr(config, "steps_offset", 0),
             timesteps=timesteps,
             final_alpha_cumprod=1.0 if final is None else float(final),
-            prediction_type=getattr(config, "prediction_type", "epsilon"),
+            prediction_type=predicts,
         )
 
 

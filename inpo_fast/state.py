@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import tempfile
+import secrets
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -103,13 +102,18 @@ class State:
         Raises:
             LatticeRangeError, NonFiniteError: the run has gone wrong before this moment.
         """
-        from safetensors.torch import save_file
+        tensors, fields = self.pack()
+        write_safetensors(path, tensors, {"format": _FORMAT, **fields})
 
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state as named tensors and text fields, what a file of it holds.
+
+        Raises:
+            LatticeRangeError, NonFiniteError: the run has gone wrong before this moment.
+        """
         if self.status is not None:
             ops.check_status(self.status)
-        path = Path(path)
         fields = {
-            "format": _FORMAT,
             "program": self.program,
             "inverse": self.inverse or "",
             "position": str(self.position),
@@ -117,16 +121,7 @@ class State:
             "frac_bits": "" if self.frac_bits is None else str(self.frac_bits),
             "scales": " ".join("-" if s is None else float(s).hex() for s in self.scales),
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            tensors = {name: t.contiguous() for name, t in self._tensors().items()}
-            save_file(tensors, temporary, metadata=fields)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        return self._tensors(), fields
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> State:
@@ -136,23 +131,21 @@ class State:
             FileNotFoundError: no such file.
             ValueError: the file is corrupt or is not such a state.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no state file at {os.fspath(path)}")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                fields = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{os.fspath(path)} is not a readable safetensors file: {error}"
-            ) from None
+        tensors, fields = read_safetensors(path, device)
         if fields.get("format") != _FORMAT:
             raise ValueError(
                 f"{os.fspath(path)} is not an inpo_fast state: format must be {_FORMAT!r}, got "
                 f"{fields.get('format')!r}"
             )
+        return cls.unpack(tensors, fields, os.fspath(path))
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], fields: dict[str, str], path: str) -> State:
+        """The state of what `pack` returned; `path` is named in errors.
+
+        Raises:
+            ValueError: the fields are damaged or do not agree with the tensors.
+        """
         try:
             first, second = (
                 None if s == "-" else float.fromhex(s) for s in fields["scales"].split()
@@ -168,8 +161,8 @@ class State:
                 inverse=fields["inverse"] or None,
             )
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} has a damaged header: {error!r}") from None
-        state._check_loaded(os.fspath(path))
+            raise ValueError(f"{path} has a damaged header: {error!r}") from None
+        state._check_loaded(path)
         return state
 
     def _check_loaded(self, path: str) -> None:
@@ -196,3 +189,40 @@ class State:
             raise ValueError(f"{path} holds tracks of different shapes")
         if any(b.dtype != torch.int64 or (b < 0).any() for b in self.buffers if b is not None):
             raise ValueError(f"{path} holds a buffer that is not int64 and at least 0")
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], fields: dict[str, str]
+) -> None:
+    """Write tensors and text under a temporary name, then rename: all of the file or nothing."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        contiguous = {name: t.contiguous() for name, t in tensors.items()}
+        save_file(contiguous, temporary, metadata=fields)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_safetensors(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and text fields of a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is corrupt.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file at {os.fspath(path)}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} is not a readable safetensors file: {error}") from None

@@ -704,9 +704,9 @@ def test_saving_replaces_the_file_or_leaves_it(tmp_path, monkeypatch):
 
 
 def test_files_that_are_no_states(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no state file at"):
+    with pytest.raises(FileNotFoundError, match="no file at"):
         State.load(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match="no state file at"):
+    with pytest.raises(FileNotFoundError, match="no file at"):
         State.load(tmp_path)
 
     good = tmp_path / "good"

@@ -618,3 +618,47 @@ def test_the_time_of_a_midpoint_without_a_table_is_right_to_second_order():
         points = [schedule.point(i + 0.5) for i in range(n)]
         errors.append(max(abs(p.timestep - np.arctan2(p.sigma, p.alpha)) for p in points))
     assert 3.5 < errors[0] / errors[1] < 4.5 and 3.5 < errors[1] / errors[2] < 4.5
+
+
+def test_the_clean_part_of_a_grid():
+    whole = NoiseSchedule.from_diffusers(ddim_scheduler(), 10)
+    part = whole.fraction(0.8)
+    assert part.timesteps.tolist() == whole.timesteps[:9].tolist()
+    assert part.alpha.tolist() == whole.alpha[:9].tolist()
+    assert part.kind == whole.kind and part.prediction_type == whole.prediction_type
+    assert whole.fraction(0.01).num_steps == 1
+    assert whole.fraction(1).fingerprint == whole.fingerprint != part.fingerprint
+    assert whole.cleanest(8).fingerprint == part.fingerprint
+    for strength in (0, 1.5, "half"):
+        with pytest.raises(ValueError, match=r"strength must be in \(0, 1\]"):
+            whole.fraction(strength)
+    with pytest.raises(ValueError, match="at most the 10 of the grid, got 11"):
+        whole.cleanest(11)
+    with pytest.raises(ValueError, match="at least 1"):
+        whole.cleanest(0)
+
+
+def test_a_fingerprint_is_of_the_grid_and_of_the_prediction_type():
+    grids = [
+        NoiseSchedule.from_diffusers(ddim_scheduler(), 10),
+        NoiseSchedule.from_diffusers(ddim_scheduler(), 11),
+        NoiseSchedule.from_diffusers(ddim_scheduler(prediction_type="v_prediction"), 10),
+        NoiseSchedule.from_diffusers(ddim_scheduler(beta_end=0.02), 10),
+        NoiseSchedule.flow(10),
+    ]
+    assert len({grid.fingerprint for grid in grids}) == len(grids)
+    again = NoiseSchedule.from_diffusers(ddim_scheduler(), 10)
+    assert again.fingerprint == grids[0].fingerprint
+
+
+def test_a_scheduler_must_say_what_the_model_predicts():
+    class Silent:
+        config = type("Config", (), {})()
+        alphas_cumprod = ddim_scheduler().alphas_cumprod
+
+    for scheduler, found in (
+        (Silent(), "None"),
+        (ddim_scheduler(prediction_type="flow_prediction"), "'flow_prediction'"),
+    ):
+        with pytest.raises(ValueError, match=f"model was trained with.* got {found}"):
+            NoiseSchedule.from_diffusers(scheduler, 10)

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from ..ops import LatticeRangeError, NonFiniteError
 from ..sampler import Sampler, StateKind
-from ..schedule import NoiseSchedule
 from ..shipped import reader, scenes
 from ..shipped.scenes import Scene
 from .measures import mean_and_error
@@ -113,13 +112,6 @@ def measure(edits: Sequence[Edit], images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(success), torch.tensor(preserved)
 
 
-def shortened(schedule: NoiseSchedule, pipeline: Pipeline, strength: float) -> NoiseSchedule:
-    """The cleanest `strength` of the nodes of `schedule`."""
-    kept = max(1, round(schedule.num_steps * strength))
-    timesteps = [int(t) for t in schedule.timesteps[kept:0:-1]]
-    return NoiseSchedule.from_diffusers(pipeline.scheduler, timesteps=timesteps)
-
-
 def run(
     pipeline: Pipeline,
     *,
@@ -141,7 +133,7 @@ def run(
         for solver in SOLVERS:
             bar.set_postfix_str(solver)
             strength = strengths[solver]
-            ways = round_trip(solver, shortened(pipeline.schedule(steps), pipeline, strength))
+            ways = round_trip(solver, pipeline.schedule(steps).fraction(strength))
             error = None
             success = preserved = torch.zeros(count)
             try:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
 from ..schedule import NoiseSchedule
-from ..solvers import AmplificationWarning, Program, bdia, ddim, edict, obelm
+from ..solvers import Program, bdia, ddim, edict, obelm
+from ..solvers.program import unwarned
 
 SOLVERS: dict[str, Callable[..., Program]] = {
     "ddim": ddim,
@@ -33,8 +33,7 @@ class RoundTrip(NamedTuple):
 
 def round_trip(solver: str, schedule: NoiseSchedule) -> RoundTrip:
     """Both directions of `solver`. Reports print the amplification, so its warning is silenced."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AmplificationWarning)
+    with unwarned():
         to_noise = SOLVERS[solver](schedule, direction="invert")
         if not to_noise.reversible:
             return RoundTrip(to_noise, SOLVERS[solver](schedule, direction="sample"), False)

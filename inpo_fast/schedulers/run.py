@@ -7,9 +7,7 @@ each call says which sample the model has to see next.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
 
@@ -19,8 +17,8 @@ from torch import Tensor
 from .. import ops
 from ..sampler import State
 from ..schedule import NoiseSchedule
-from ..solvers import AmplificationWarning, Program
-from ..solvers.program import Stages, model_update
+from ..solvers import Program
+from ..solvers.program import Stages, model_update, unwarned
 
 Rows = tuple[Tensor, ...]
 
@@ -76,7 +74,7 @@ class Plan:
         first, *others = self.program.updates
         held = list(self.program.start)
         held[first.track] = first.scale
-        with _no_amplification_warning():
+        with unwarned():
             return Program(
                 name=self.program.name,
                 updates=tuple(others),
@@ -89,7 +87,7 @@ class Plan:
     @cached_property
     def undone_by(self) -> str | None:
         """Fingerprint of the program that undoes this one, None where there is none."""
-        with _no_amplification_warning():
+        with unwarned():
             return self.program.inverse().fingerprint if self.program.reversible else None
 
 
@@ -271,11 +269,3 @@ def _to_track(sample: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     if scale == 1:
         return sample.to(dtype, copy=True)
     return (sample.double() / scale).to(dtype)
-
-
-@contextlib.contextmanager
-def _no_amplification_warning() -> Iterator[None]:
-    """Of the way back, which concerns only those who go it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AmplificationWarning)
-        yield

@@ -18,7 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -35,6 +37,22 @@ AMPLIFICATION_LIMIT = 1e4
 
 class AmplificationWarning(UserWarning):
     """A program magnifies perturbations so much that its end state may be useless."""
+
+
+_unwarned: ContextVar[bool] = ContextVar("_unwarned", default=False)
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Make programs whose amplification is no concern: no `AmplificationWarning`, in this thread.
+
+    `warnings.catch_warnings` would change the filters of all threads.
+    """
+    token = _unwarned.set(True)
+    try:
+        yield
+    finally:
+        _unwarned.reset(token)
 
 
 Row = tuple[float, float, float]
@@ -245,7 +263,7 @@ class Program:
         if held[self.output] is None:
             raise ValueError("the output track holds nothing at the end")
         object.__setattr__(self, "end", (held[0], held[1]))
-        if self.amplification > AMPLIFICATION_LIMIT:
+        if self.amplification > AMPLIFICATION_LIMIT and not _unwarned.get():
             warnings.warn(
                 f"{self.name} over {self.model_calls} model calls magnifies a perturbation up to "
                 f"{self.amplification:.1e} times: its end state may be useless however exact the "

@@ -57,14 +57,6 @@ def test_garbage_is_neither(edits):
     assert preserved.max() < 0.5
 
 
-def test_a_shortened_grid_keeps_the_clean_end(tiny):
-    whole = tiny.schedule(10)
-    part = edit.shortened(whole, tiny, 0.8)
-    assert part.timesteps.tolist() == whole.timesteps[:9].tolist()
-    assert part.alpha.tolist() == whole.alpha[:9].tolist()
-    assert edit.shortened(whole, tiny, 0.01).num_steps == 1
-
-
 def test_run_has_a_row_and_a_picture_for_every_solver(tiny):
     result = edit.run(tiny, count=2, steps=3, guidance=3.0, seed=0)
     assert [row.solver for row in result.rows] == list(SOLVERS) == list(result.edited)

@@ -1,0 +1,35 @@
+"""`inpo-fast edit`: the noise of `inpo-fast invert` to a picture under another prompt."""
+
+from __future__ import annotations
+
+import argparse
+
+from .inversion import Inversion
+from .loading import add_model_arguments, load, reported, writable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("inversion", metavar="FILE", help="what inpo-fast invert wrote")
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", required=True, help="what the picture is to show")
+    parser.add_argument("--negative-prompt", help="default: that of the inversion")
+    parser.add_argument("--guidance", type=float, help="default: that of the inversion")
+    parser.add_argument("--output", default="edited.png", help="picture to write")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    return reported("edit", lambda: _edit(arguments))
+
+
+def _edit(arguments: argparse.Namespace) -> None:
+    output = writable(arguments.output)
+    inversion = Inversion.load(arguments.inversion, load(arguments))
+    edited = inversion.edit(
+        arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        guidance_scale=arguments.guidance,
+    )
+    edited.images[0].save(output)
+    print(f"wrote {output}")

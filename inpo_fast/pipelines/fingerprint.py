@@ -1,0 +1,100 @@
+"""A checksum of a model: its configuration and every bit of its weights.
+
+With w_i the weights of a tensor as 64-bit words, the checksum is Σ w_i (2 i K + 1) mod 2^64 for a
+fixed K. It is computed where the weights are, has the same value on every device, and any change
+of one word changes it, because an odd factor is invertible.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_STEP = 0x3C6EF372FE94F82A
+"""2 K, even and below 2^63."""
+
+_CHUNK = 2**17
+
+_cache: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over class, configuration, adapters and the checksums of all weights and buffers.
+
+    Computed once per module, and again when a weight was changed in place, moved or exchanged or
+    an adapter was switched.
+    """
+    module = getattr(module, "_orig_mod", module)
+    named = list(_weights(module))
+    switches = list(_switches(module))
+    key = ([(n, t.data_ptr(), t.device, _version(t)) for n, t in named], switches)
+    known = _cache.get(module)
+    if known is not None and known[0] == key:
+        return known[1]
+    config = getattr(module, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    # where it came from and who wrote it does not matter
+    settings = {
+        k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"
+    }
+    sums = {n: [str(t.dtype), list(t.shape), _checksum(t)] for n, t in named}
+    data = json.dumps(
+        [type(module).__name__, settings, switches, sums], sort_keys=True, default=str
+    )
+    digest = hashlib.sha256(data.encode()).hexdigest()
+    _cache[module] = (key, digest)
+    return digest
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name; those that are offloaded one by one from where they lie."""
+    for prefix, part in module.named_modules():
+        hook = getattr(part, "_hf_hook", None)
+        kept = getattr(hook, "weights_map", None)
+        tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            if tensor.is_meta:
+                if kept is None:
+                    raise ValueError(f"weight {prefix}.{name} has no data")
+                tensor = kept[name]
+            yield f"{prefix}.{name}", tensor.detach()
+
+
+def _switches(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """What turns adapters on and off without changing a weight."""
+    for name, part in module.named_modules():
+        if hasattr(part, "active_adapters") and hasattr(part, "scaling"):
+            merged = getattr(part, "merged_adapters", [])
+            off = getattr(part, "disable_adapters", False)
+            state = (list(part.active_adapters), dict(part.scaling), list(merged), off)
+            yield name, repr(state)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _checksum(tensor: Tensor) -> int:
+    if tensor.numel() == 0:
+        return 0
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    if padding := -data.numel() % 8:
+        data = torch.cat([data, data.new_zeros(padding)])
+    elif data.storage_offset() % 8:
+        data = data.clone()
+    words = data.view(torch.int64)
+    factors = torch.arange(min(_CHUNK, len(words)), device=words.device) * _STEP + 1
+    total = words.new_zeros(())
+    for start in range(0, len(words), _CHUNK):
+        chunk = words[start : start + _CHUNK]
+        # the factors of this chunk are those of the first plus start · step
+        shift = words.new_tensor(start) * _STEP
+        total += (chunk * factors[: len(chunk)]).sum() + shift * chunk.sum()
+    return int(total)

@@ -1,0 +1,75 @@
+"""What `inpo-fast invert` and `inpo-fast edit` share: the pipeline, and one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ops import LatticeRangeError, NonFiniteError
+from ..shipped import load_pipeline
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--model`, `--device` and `--dtype`."""
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        help="folder or hub name of a diffusers pipeline (default: the shipped model)",
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: float32")
+
+
+def load(arguments: argparse.Namespace) -> Any:
+    """The pipeline that the arguments name."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model is None:
+        pipe = load_pipeline(device=device, dtype=dtype)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(arguments.model, dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return pipe
+
+
+def number(text: str) -> Any:
+    """A command-line value as the int, float or string that it looks like."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def writable(path: str) -> Path:
+    """A path whose folder exists.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"no folder {Path(path).parent} to write {Path(path).name} to")
+    return Path(path)
+
+
+def reported(command: str, work: Callable[[], None]) -> int:
+    """Exit status of `work`; what the user can mend is printed as one line."""
+    try:
+        work()
+    except (ValueError, TypeError, OSError, LatticeRangeError, NonFiniteError) as error:
+        print(f"inpo-fast {command}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,211 @@
+"""Inversions on disk, and everything that `load` refuses."""
+
+import json
+import os
+import threading
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import inpo_fast.state
+from inpo_fast import SOLVERS, Inversion, invert
+from tests.pipelines import tiny
+
+
+@pytest.fixture
+def inversion(pipe):
+    return invert(
+        pipe,
+        tiny.images(2),
+        ["a cat", "a dog"],
+        negative_prompt="bad",
+        guidance_scale=[2.0, 3.0],
+        num_inference_steps=4,
+        gamma=0.94,
+        verify=True,
+    )
+
+
+@pytest.fixture
+def path(inversion, tmp_path):
+    inversion.save(tmp_path / "inversion.safetensors")
+    return tmp_path / "inversion.safetensors"
+
+
+def test_everything_comes_back(inversion, path, pipe):
+    loaded = Inversion.load(path, pipe)
+    assert loaded.report == inversion.report and loaded.request == inversion.request
+    assert loaded.state.equal(inversion.state)
+    assert torch.equal(loaded.image_latents, inversion.image_latents)
+    assert str(loaded) == str(inversion)
+    assert loaded.reconstruct().bits_equal
+    kept = loaded.edit("a bird", output_type="pt").images
+    assert torch.equal(kept, inversion.edit("a bird", output_type="pt").images)
+
+
+def test_an_equal_pipeline_will_do(path):
+    assert Inversion.load(path, tiny.build("sd")).reconstruct().bits_equal
+
+
+def test_what_is_expected_is_compared(path, pipe):
+    Inversion.load(
+        path,
+        pipe,
+        prompt=["a cat", "a dog"],
+        negative_prompt="bad",
+        guidance_scale=[2.0, 3.0],
+        num_inference_steps=4,
+        timesteps=None,
+        strength=1.0,
+        solver="bdia",
+    )
+    for expected in (
+        {"prompt": "a cat"},
+        {"prompt": ["a cat", "a cow"]},
+        {"negative_prompt": "worse"},
+        {"negative_prompt": None},
+        {"guidance_scale": 2.0},
+        {"guidance_scale": (2.0, 4.0)},
+        {"num_inference_steps": 5},
+        {"strength": 0.5},
+    ):
+        (name, value), *_ = expected.items()
+        with pytest.raises(ValueError, match=f"was made with {name} .*, expected"):
+            Inversion.load(path, pipe, **{name: value})
+    with pytest.raises(ValueError, match="was made with solver 'bdia', got 'ddim'"):
+        Inversion.load(path, pipe, solver=lambda_ddim)
+    with pytest.raises(TypeError, match="unknown arguments"):
+        Inversion.load(path, pipe, seed=1)
+
+
+def lambda_ddim(schedule, *, direction, gamma):
+    return SOLVERS["ddim"](schedule, direction=direction)
+
+
+lambda_ddim.__name__ = "ddim"
+
+
+def test_a_factory_has_to_be_given_again(pipe, tmp_path):
+    def mine(schedule, *, direction):
+        return SOLVERS["bdia"](schedule, direction=direction)
+
+    inversion = invert(pipe, tiny.images(), "a cat", num_inference_steps=3, solver=mine)
+    inversion.save(tmp_path / "mine")
+    with pytest.raises(ValueError, match="solver must be one of"):
+        Inversion.load(tmp_path / "mine", pipe)
+    assert Inversion.load(tmp_path / "mine", pipe, solver=mine).reconstruct().bits_equal
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
+def test_another_model(path, name):
+    other = tiny.build("sd")
+    with torch.no_grad():
+        next(getattr(other, name).parameters()).view(-1)[3] += 1e-3
+    with pytest.raises(ValueError, match=f"another model: .* of {name} differ"):
+        Inversion.load(path, other)
+
+
+def test_another_pipeline(path, pipe_of):
+    with pytest.raises(ValueError, match="with a StableDiffusionPipeline, got a StableDiffusionXL"):
+        Inversion.load(path, pipe_of("sdxl"))
+    with pytest.raises(ValueError, match="pipe must be one of"):
+        Inversion.load(path, object())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta_end": 0.02},
+        {"timestep_spacing": "trailing"},
+        {"prediction_type": "v_prediction"},
+        {"set_alpha_to_one": True},
+    ],
+)
+def test_another_schedule(path, change):
+    other = tiny.build("sd")
+    other.scheduler = DDIMScheduler.from_config(other.scheduler.config, **change)
+    with pytest.raises(ValueError, match=r"another schedule: pipe\.scheduler"):
+        Inversion.load(path, other)
+
+
+def rewritten(path, target, **changes):
+    """The file with changed fields of its header."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        fields = dict(file.metadata())
+    header = json.loads(fields["inversion"])
+    fields.update({k: v for k, v in changes.items() if k in ("format", "inversion")})
+    header.update({k: v for k, v in changes.items() if k in header})
+    for key in [k for k, v in changes.items() if v is None and k in tensors]:
+        del tensors[key]
+    if "inversion" not in changes:
+        fields["inversion"] = json.dumps(header)
+    save_file(tensors, target, metadata=fields)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"format": "inpo_fast.inversion/0"}, "not an inversion of this version"),
+        ({"inversion": "{"}, "damaged header"),
+        ({"inversion": "{}"}, "damaged header"),
+        ({"program": "0"}, "another version of the solver 'bdia'"),
+        ({"image_latents": None}, "damaged header"),
+        ({"state.track0": None}, "lacks a track"),
+    ],
+)
+def test_damaged_files(path, pipe, tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        Inversion.load(rewritten(path, tmp_path / "other", **changes), pipe)
+
+
+def test_files_that_are_something_else(path, pipe, inversion, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        Inversion.load(tmp_path / "nothing", pipe)
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        Inversion.load(tmp_path / "text", pipe)
+    inversion.state.save(tmp_path / "state")
+    with pytest.raises(ValueError, match="not an inversion of this version"):
+        Inversion.load(tmp_path / "state", pipe)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        Inversion.load(path, pipe)
+
+
+def test_nothing_half_written(inversion, path, monkeypatch):
+    whole = path.read_bytes()
+
+    def fails(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(inpo_fast.state.os, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        inversion.save(path)
+    assert path.read_bytes() == whole and os.listdir(path.parent) == [path.name]
+
+
+def test_parameters_that_are_not_plain_data(pipe, tmp_path):
+    def mine(schedule, *, direction, inner):
+        return inner(schedule, direction=direction)
+
+    inversion = invert(
+        pipe, tiny.images(), "a cat", num_inference_steps=3, solver=mine, inner=SOLVERS["bdia"]
+    )
+    with pytest.raises(TypeError, match="inner cannot be saved"):
+        inversion.save(tmp_path / "mine")
+    assert not os.listdir(tmp_path)
+
+
+def test_saving_from_threads(inversion, pipe, tmp_path):
+    threads = [threading.Thread(target=inversion.save, args=(tmp_path / "same",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert os.listdir(tmp_path) == ["same"]
+    assert Inversion.load(tmp_path / "same", pipe).state.equal(inversion.state)
