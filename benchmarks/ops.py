@@ -72,8 +72,9 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     # a < 1 keeps a state that is updated in place again and again where it is.
     coef = torch.tensor([0.9, 0.05, -0.05, 0.02], device=device)  # [4]
-    # These scales shrink the buffer, which an operator in place is given again and again.
-    grow, shrink = (torch.from_numpy(ratio_row(*t)).to(device) for t in ((16, 15), (15, 16)))  # [4]
+    # These scales hardly move a track or a buffer that is updated in place a thousand times.
+    terms = ((2**16 - 1, 2**16), (2**16, 2**16 - 1))
+    there, back = (torch.from_numpy(ratio_row(*t)).to(device) for t in terms)  # [4]
     scale = torch.ones(1, device=device)
     status = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -95,7 +96,7 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     yield Case("lattice_update_", "2 x bfloat16", [z, zy, m1, m2, coef, 20, status], 16)
     kept = buffer()
     for suffix in ("update", "update_", "inverse", "inverse_"):
-        ratio = grow if "update" in suffix else shrink
+        ratio = there if "update" in suffix else back
         arguments = [z, kept, zy, m1, None, coef, ratio, 20, status]
         yield Case(f"lattice_scaled_{suffix}", "bfloat16", arguments, 30)
     yield Case("lattice_encode", "float32", [x, scale, 20, status], 8)
@@ -243,7 +244,8 @@ def call_rows(device: str, quick: bool) -> Iterator[Row]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     contenders = {**calls, "diffusers": diffusers_step}
-    times = interleaved(contenders, device=device, rounds=5 if quick else 31, seconds=0.005)
+    with torch.no_grad():
+        times = interleaved(contenders, device=device, rounds=5 if quick else 31, seconds=0.005)
     for impl in calls:
         ours = median_us(times[impl])
         yield Row(
@@ -298,15 +300,35 @@ def preference_rows(device: str, quick: bool) -> Iterator[Row]:
         error = (function().double() - exact).norm() / exact.norm()
         # One rounding to bfloat16 is 2^-9 at most; the scripts' own arithmetic stays below too.
         assert error < 2**-8, f"{name} is wrong by {error:.1e}"
-    # Read theta, ref and target twice, write the gradient: bytes of one element.
-    least = theta.numel() * (2 * (2 + 2 + 4) + 2)
+    # Read theta, ref and target, then theta and target, and write the gradient.
+    least = theta.numel() * ((2 + 2 + 4) + (2 + 4) + 2)
     new = torch.randn(2**28, device=device)
+    parts: dict[str, Callable[[], object]] = {}
+    weights = torch.ones(len(theta), device=device)
+    for impl, kernel in kernels.items():
+        tensors = theta.detach(), ref, target
+        parts[f"{impl}, errors alone"] = partial(kernel["preference_errors"], *tensors)
+        parts[f"{impl}, backward alone"] = partial(
+            kernel["preference_backward"], tensors[0], None, target, weights, weights
+        )
+    timed = {name: captured(part) for name, part in parts.items()}
+    times = interleaved(timed, device=device, rounds=5 if quick else 15)
+    for name, samples in times.items():
+        yield Row(
+            case=f"{name}, 64 pairs of 4x128x128",
+            metric="GPU time",
+            unit="us",
+            ours=median_us(samples),
+            rivals={},
+            ratios={},
+        )
     for kind, contenders in (
         ("GPU time", {name: captured(function) for name, function in functions.items()}),
         ("wall clock", functions),
     ):
-        timed = {**contenders, "copy": new.clone}
-        times = interleaved(timed, device=device, rounds=5 if quick else 15)
+        times = interleaved(
+            {**contenders, "copy": new.clone}, device=device, rounds=5 if quick else 15
+        )
         bandwidth = 2 * new.numel() * new.element_size() / median_us(times["copy"])
         for impl in functions:
             if impl in ("eager", "compiled"):

@@ -66,7 +66,9 @@ def dpo_loss(
             `preference_errors` refuses.
     """
     check_factor("anchor", anchor)
-    errors, u = _logits(policy, reference, target, beta, beta_convention, impl)
+    errors, u = _logits(
+        policy, reference, target, beta, beta_convention, impl, through_d=anchor > 0
+    )
     losses = softplus(-u)
     if isinstance(label_smoothing, Tensor):
         check_samples("label_smoothing", label_smoothing, len(u), u)
@@ -214,7 +216,7 @@ def dspo_loss(
     """
     if variant not in ("sd15", "sdxl"):
         raise ValueError(f"variant must be 'sd15' or 'sdxl', got {variant!r}")
-    errors, u = _logits(policy, reference, target, beta, beta_convention, impl)
+    errors, u = _logits(policy, reference, target, beta, beta_convention, impl, through_d=True)
     e, e_ref, d = (error.chunk(2)[0] for error in errors)  # [P], winners
     wrong = (-u).sigmoid()
     if variant == "sd15":
@@ -255,7 +257,7 @@ def inversion_dpo_loss(
     """
     require_reference(reference)
     check_factor("beta", beta)
-    errors = measure(policy, reference, target, impl, pairs=True)
+    errors = measure(policy, reference, target, impl, pairs=True, through_d=True)
     rows = len(errors.d)
     if num_levels < 1 or rows % (2 * num_levels):
         raise ValueError(
@@ -315,10 +317,12 @@ def _logits(
     beta: float,
     convention: BetaConvention,
     impl: ops.Impl,
+    *,
+    through_d: bool = False,
 ) -> tuple[PreferenceErrors, Tensor]:
     """The errors, [2P] each, and u, [P], with gradient."""
     require_reference(reference)
     check_factor("beta", beta)
-    errors = measure(policy, reference, target, impl, pairs=True)
+    errors = measure(policy, reference, target, impl, pairs=True, through_d=through_d)
     winner, loser = (errors.e_theta - errors.e_ref).chunk(2)  # [P]
     return errors, -unit(convention, policy) * beta * (winner - loser)

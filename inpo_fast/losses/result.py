@@ -84,15 +84,22 @@ def finish(
 
 
 def measure(
-    policy: Tensor, reference: Tensor | None, target: Tensor, impl: ops.Impl, *, pairs: bool
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Tensor,
+    impl: ops.Impl,
+    *,
+    pairs: bool,
+    through_d: bool = False,
 ) -> PreferenceErrors:
-    """The per-sample errors, [B] each, of outputs that have been checked."""
+    """The per-sample errors, [B] each, of outputs that have been checked; `through_d` where the
+    loss is a function of d too."""
     if not isinstance(policy, Tensor):
         raise TypeError(f"policy must be a tensor, got {type(policy).__name__}")
     if policy.ndim < 1 or policy.shape[0] == 0 or (pairs and policy.shape[0] % 2):
         wanted = "[2P, …] with P ≥ 1 winners, then losers" if pairs else "[B, …] with B ≥ 1"
         raise ValueError(f"policy must be {wanted}, got {tuple(policy.shape)}")
-    return ops.preference_errors(policy, reference, target, impl=impl)
+    return ops.preference_errors(policy, reference, target, differentiate_d=through_d, impl=impl)
 
 
 def require_reference(reference: Tensor | None) -> None:

@@ -63,11 +63,15 @@ class PreferenceErrorsFunction(torch.autograd.Function):
         target: Tensor,  # [B, ...]
         kernel: Callable[..., tuple[Tensor, Tensor, Tensor]],
         backward_kernel: Callable[..., Tensor],
+        differentiate_d: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         e_theta, e_ref, d = kernel(theta, ref, target)  # [B] each
-        ctx.save_for_backward(theta, ref, target)
+        ctx.save_for_backward(theta, ref if differentiate_d else None, target)
         ctx.backward_kernel = backward_kernel
-        ctx.mark_non_differentiable(e_ref)
+        if differentiate_d:
+            ctx.mark_non_differentiable(e_ref)
+        else:
+            ctx.mark_non_differentiable(e_ref, d)
         return e_theta, e_ref, d
 
     @staticmethod
@@ -79,4 +83,4 @@ class PreferenceErrorsFunction(torch.autograd.Function):
         # The mean over n elements of a squared residual r has the gradient (2/n) r.
         factor = 2.0 * max(theta.shape[0], 1) / max(theta.numel(), 1)
         a, b = grad_e_theta * factor, grad_d * factor  # [B]
-        return ctx.backward_kernel(theta, ref, target, a, b), None, None, None, None
+        return ctx.backward_kernel(theta, ref, target, a, b), None, None, None, None, None
