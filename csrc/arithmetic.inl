@@ -43,18 +43,6 @@ INPO_INLINE int32_t to_int32(double x) {
 #endif
 }
 
-// The double rounded, half to even, and whether it was below 2^51: then the sum with kRounder has
-// the exponent of that, and the integer below it.
-INPO_INLINE int64_t to_int64(double x, bool& fits) {
-  const uint64_t sum = bits_as<uint64_t>(x + kRounder);
-  fits &= (sum >> 52) == 0x433;
-  return static_cast<int64_t>(sum - bits_as<uint64_t>(kRounder));
-}
-
-INPO_INLINE double from_int64(int64_t x) {
-  return bits_as<double>(static_cast<uint64_t>(x) + bits_as<uint64_t>(kRounder)) - kRounder;
-}
-
 // A double of the size of kRounder has no bits below 1, so the addition rounds, half to even.
 // Beyond 2^51 more is rounded away, but such a value is far outside the lattice and stays so.
 INPO_INLINE double round_to_even(double value) { return (value + kRounder) - kRounder; }

@@ -104,13 +104,6 @@ struct Lattice {
     return o.outputs.increment(row, to_double(y), k);
   }
 
-  // The increment rounded to the lattice; it does not fit if it is 2^51 or more, or no number.
-  template <int N>
-  __device__ __forceinline__ int64_t quantized(const Coefficients& row, const Operands<N>& o, int k,
-                                               bool& fits) const {
-    return gpu::to_int64(increment(row, o, k) * arguments.unit.inverse, fits);
-  }
-
   template <int N>
   __device__ __forceinline__ int32_t store(const Coefficients& row, const Operands<N>& o,
                                            int64_t i) const {
@@ -118,11 +111,14 @@ struct Lattice {
     bool fits = true;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const int64_t q = quantized(row, o, k, fits);
+      // Beside kRounder a double is an integer, below its exponent, unless it is 2^51 or more.
+      const double scaled = increment(row, o, k) * arguments.unit.inverse;
+      const uint64_t sum = gpu::bits_as<uint64_t>(scaled + gpu::kRounder);
+      const int64_t q = static_cast<int64_t>(sum - gpu::bits_as<uint64_t>(gpu::kRounder));
       const int64_t z = o.z.lane[k];
       const int64_t value = kInverse ? z - q : z + q;
       out.lane[k] = static_cast<int32_t>(value);
-      fits &= out.lane[k] == value;
+      fits &= (sum >> 52) == 0x433 && out.lane[k] == value;
     }
     gpu::Flag out_of_range = 0, nonfinite = 0;
     if (!fits) {
@@ -182,47 +178,27 @@ struct LatticeScaled : Lattice<M, kInverse, kOutputs> {
   __device__ __forceinline__ int32_t scale(const Row& row, const Operands<N>& o, int64_t i) const {
     Vector<int32_t, N> out;
     Vector<int64_t, N> buffer_out;
-    bool fits = true;
+    gpu::Flag out_of_range = 0, nonfinite = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const int64_t q = this->quantized(row.coef, o.plain, k, fits);
-      const int64_t z = o.plain.z.lane[k], whole = kInverse ? z - q : z;
-      fits &= whole <= int64_t{1} << 34 && whole >= -(int64_t{1} << 34);
-      uint64_t kept = static_cast<uint64_t>(o.buffer.lane[k]);
-      const double scaled = apply<kContract, kSmall>(row, gpu::from_int64(whole), kept);
-      const int64_t value = gpu::to_int64(scaled, fits) + (kInverse ? 0 : q);
-      out.lane[k] = static_cast<int32_t>(value);
-      buffer_out.lane[k] = static_cast<int64_t>(kept);
-      fits &= out.lane[k] == value;
-    }
-    gpu::Flag out_of_range = 0, nonfinite = 0;
-    if (!fits) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        const double increment = this->increment(row.coef, o.plain, k);
-        const double q = gpu::quantize(increment, arguments.unit.inverse, nonfinite);
-        const double delta = gpu::clamp(q, -kIncrementBound, kIncrementBound);
-        double value = gpu::from_int32(o.plain.z.lane[k]);
-        if (kInverse) {
-          const double whole = value - delta;
-          value = gpu::clamp(whole, -kScaledBound, kScaledBound);
-          out_of_range |= value == whole ? 0 : 1;
-        }
-        uint64_t kept = static_cast<uint64_t>(o.buffer.lane[k]);
-        const double scaled = apply<kContract, kSmall>(row, value, kept);
-        buffer_out.lane[k] = static_cast<int64_t>(kept);
-        out.lane[k] = gpu::saturate(kInverse ? scaled : scaled + delta, out_of_range);
+      const double increment = this->increment(row.coef, o.plain, k);
+      const double q = gpu::quantize(increment, arguments.unit.inverse, nonfinite);
+      const double delta = gpu::clamp(q, -kIncrementBound, kIncrementBound);
+      double value = gpu::from_int32(o.plain.z.lane[k]);
+      if (kInverse) {
+        const double whole = value - delta;
+        value = gpu::clamp(whole, -kScaledBound, kScaledBound);
+        out_of_range |= value == whole ? 0 : 1;
       }
+      uint64_t kept = static_cast<uint64_t>(o.buffer.lane[k]);
+      const double scaled = kContract ? gpu::contract<kSmall>(value, kept, row.n, row.d)
+                                      : gpu::expand<kSmall>(value, kept, row.d, row.n);
+      buffer_out.lane[k] = static_cast<int64_t>(kept);
+      out.lane[k] = gpu::saturate(kInverse ? scaled : scaled + delta, out_of_range);
     }
     cuda::store(arguments.out, i, out);
     cuda::store(arguments.buffer_out, i, buffer_out);
     return gpu::status_bits(out_of_range, nonfinite);
-  }
-
-  template <bool kContract, bool kSmall>
-  __device__ __forceinline__ static double apply(const Row& row, double z, uint64_t& kept) {
-    return kContract ? gpu::contract<kSmall>(z, kept, row.n, row.d)
-                     : gpu::expand<kSmall>(z, kept, row.d, row.n);
   }
 };
 
