@@ -36,6 +36,10 @@ COMMANDS = {
         "inpo_fast.pipelines.edit_command",
         "draw an inverted image under another prompt",
         extra="diffusers",
+    "train": Command(
+        "inpo_fast.train",
+        "train a model on preference pairs (several devices: accelerate launch -m inpo_fast.train)",
+        extra="train",
     ),
     "env": Command("inpo_fast.environment", "print versions, hardware and backends"),
     "invert": Command(
