@@ -51,7 +51,9 @@ class PreferenceConfig:
         "folder with w/ and l/, or the name of a data set on the hub",
     )
     dataset_split_name: str | None = _option(None, "split of a data set that has several")
-    max_train_samples: int | None = _option(None, "use the first so many pairs only")
+    max_train_samples: int | None = _option(
+        None, "use the first so many rows only (of a cache: pairs)"
+    )
     resolution: int | None = _option(
         None, "height and width of the images; by default what the model was trained on"
     )

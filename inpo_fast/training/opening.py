@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .cache import CachedPairs, is_cache, training_key
 from .config import ConfigError, PreferenceConfig
+from .encoders import Encoders, ModelFiles
+from .examine import Catalogue, Rules
+from .images import Preprocess
+from .live import LivePairs
 from .loader import PairData
 from .models import Model
+from .pairs import DataError, Ties
+from .sources import open_source
 
 
 def open_pairs(
-    config: PreferenceConfig, model: Model, given: Any, device: torch.device, dtype: torch.dtype
+    config: PreferenceConfig, model: Model, given: Any, accelerator: Any, dtype: torch.dtype
 ) -> PairData:
     """The pairs that the config names, or those given.
 
@@ -22,7 +30,7 @@ def open_pairs(
 
     Args:
         given: `PairData`, or what `sources.open_source` takes; None for the config's.
-        device: of the encoders.
+        accelerator: of the run; its main process looks through the images, for all.
         dtype: of the encoders.
 
     Raises:
@@ -30,14 +38,6 @@ def open_pairs(
     """
     if isinstance(given, PairData):
         return given
-    from .cache import CachedPairs, is_cache, training_key
-    from .encoders import Encoders, ModelFiles
-    from .examine import Rules
-    from .images import Preprocess
-    from .live import LivePairs
-    from .pairs import Ties
-    from .sources import open_source
-
     source = config.dataset_name if given is None else given
     if source is None:
         raise ConfigError(
@@ -65,12 +65,31 @@ def open_pairs(
     if isinstance(source, (str, Path)) and is_cache(source):
         return CachedPairs(source, training_key(files(), rules))
     if model.loaded is None:
-        encoders = Encoders.load(files(), dtype=dtype, device=device)
+        encoders = Encoders.load(files(), dtype=dtype, device=accelerator.device)
     else:
         encoders = Encoders(model.loaded)
-    return LivePairs(
-        open_source(source, split=config.dataset_split_name),
-        rules,
-        encoders,
-        num_workers=config.dataloader_num_workers,
+    opened = open_source(
+        source, split=config.dataset_split_name, max_samples=config.max_train_samples
     )
+
+    def look() -> Catalogue:
+        return Catalogue.of(opened, rules, num_workers=config.dataloader_num_workers)
+
+    return LivePairs(opened, rules, encoders, catalogue=_once(accelerator, look))
+
+
+def _once(accelerator: Any, make: Callable[[], Catalogue]) -> Catalogue:
+    """What the main process makes, on all of them; what it raises too."""
+    from accelerate.utils import broadcast_object_list
+
+    made: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            made[0] = make()
+        except DataError as error:
+            made[0] = error
+    broadcast_object_list(made)
+    if isinstance(made[0], DataError):
+        raise made[0]
+    catalogue: Catalogue = made[0]
+    return catalogue

@@ -59,7 +59,7 @@ class PreferenceTrainer:
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit, accelerator)
         resume = self.checkpoints.resolve(config.resume_from_checkpoint)
         self.model = load_model(config, model, self.dtype)
-        self.data = open_pairs(config, self.model, dataset, accelerator.device, self.dtype)
+        self.data = open_pairs(config, self.model, dataset, accelerator, self.dtype)
         self.order = self._order()
         micro_batches = self.order.steps_per_epoch * config.num_train_epochs
         self.total_steps = config.max_train_steps or math.ceil(
