@@ -18,10 +18,12 @@ def run(arguments: argparse.Namespace) -> int:
     from .training.trainer import PreferenceTrainer
 
     try:
-        PreferenceTrainer(PreferenceConfig.from_arguments(arguments)).train()
+        trainer = PreferenceTrainer(PreferenceConfig.from_arguments(arguments))
+        trainer.train()
     except (ConfigError, DataError, TrainingError) as error:
         print(f"inpo-fast train: {error}", file=sys.stderr)
         return 1
+    trainer.accelerator.end_training()
     return 0
 
 

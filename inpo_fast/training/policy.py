@@ -83,6 +83,16 @@ def lora(
     return model, reference
 
 
+def shard(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Spread frozen weights over the processes (FSDP2), block by block, as the policy's are."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module)
+    fully_shard(model)
+
+
 def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:
     """Compile in place, so that no name of a weight changes.
 

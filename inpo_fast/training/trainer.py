@@ -130,6 +130,8 @@ class PreferenceTrainer:
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.sharded = any(hasattr(p, "full_tensor") for p in self.parameters)
+        if self.sharded and networks.reference is not None:
+            policy.shard(networks.reference, self.model.family.blocks)
         self.stepper = Stepper(
             self.optimizer, accelerator.scaler, config.max_grad_norm, sharded=self.sharded
         )
@@ -202,7 +204,9 @@ class PreferenceTrainer:
                     if config.validation_prompts and self._due(config.validation_steps):
                         self._validate()
         self.save()
-        self.accelerator.end_training()
+        # not end_training, which takes the process group from whatever this process does next
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.history
 
     def _due(self, every: int) -> bool:
