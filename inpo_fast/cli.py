@@ -41,6 +41,11 @@ COMMANDS = {
         "train a model on preference pairs (several devices: accelerate launch -m inpo_fast.train)",
         extra="train",
     ),
+    "eval": Command(
+        "inpo_fast.evaluation.command",
+        "win rates, with intervals, of a trained model over another from the same noise",
+        extra="train",
+    ),
     "env": Command("inpo_fast.environment", "print versions, hardware and backends"),
     "invert": Command(
         "inpo_fast.pipelines.invert_command",

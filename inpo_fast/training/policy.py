@@ -107,5 +107,12 @@ def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:
         parts = [module for module in model.modules() if type(module).__name__ in blocks]
         if not parts:
             raise ConfigError(f"compile=blocks needs blocks of {', '.join(blocks)}, got none")
+    # Every block has a graph for each of its shapes, with and without gradient, and all are kept
+    # with the one function that calls a module. One too many must not fall back unnoticed.
+    torch._dynamo.config.recompile_limit = 128
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for part in parts:
-        part.compile(dynamic=False)
+        # Policy and reference are fused differently. Rounding between operators, as without
+        # compilation, they still agree; without it 16-bit outputs would differ by roundings,
+        # which β magnifies.
+        part.compile(dynamic=False, options={"emulate_precision_casts": True})

@@ -8,6 +8,7 @@ import torch
 
 from inpo_fast.training.batch import PairBatch
 from inpo_fast.training.config import ConfigError
+from inpo_fast.training.inversion import SOURCES
 from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.trainer import PreferenceTrainer
 
@@ -141,28 +142,42 @@ def test_the_result_tells_how_it_was_made(model, tmp_path):
         assert (needed in card.text) == (needed != "TODO")
 
 
-def gradients(model, output, data=None, **changes):
-    """Of the first optimiser step."""
-    run = trainer(model, output, data, max_train_steps=1, **changes)
-    kept = {}
-
-    def keep(*_):
-        found = ((name, p.grad) for name, p in run.policy.named_parameters())
-        kept.update({name: grad.clone() for name, grad in found if grad is not None})
-
-    run.optimizer.register_step_pre_hook(keep)
-    run.train()
-    return kept
-
-
 @pytest.mark.parametrize("source", ["ddim", "q_sample", "bdia", "renoise"])
-def test_a_micro_batch_of_four_pairs_is_four_of_one(model, tmp_path, source):
-    """With one stratum, so that both draw the same number of inversion steps; draws are keyed by
-    micro-batch and pair, so the noise is taken from one of them."""
-    settings = {"latents": source, "inversion_steps": 1, "max_grad_norm": 1e9}
-    together = gradients(model, tmp_path / "a", train_batch_size=4, **settings)
-    assert all(torch.isfinite(value).all() for value in together.values())
-    assert max(value.abs().max() for value in together.values()) > 0
+def test_a_micro_batch_of_four_pairs_is_four_of_one(model, tmp_path, monkeypatch, source):
+    """At equal timesteps and noise, which the run would draw anew for other micro-batches."""
+    grid = [[100, 200, 250, 300], [500, 600, 650, 700]]
+    pairs = tiny.pairs()
+
+    def gradient(name, parts):
+        accumulation = len(parts)
+        run = trainer(
+            model,
+            tmp_path / name,
+            latents=source,
+            train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+        )
+
+        def path(clean, micro, rows):
+            columns = [[row[pair] for pair in parts[micro]] * rows for row in grid]
+            noise = [torch.Generator().manual_seed(pair) for pair in parts[micro]]
+            return SOURCES[source](clean, columns, run.model.schedule, generator=noise)
+
+        monkeypatch.setattr(run.learner, "_path", path)
+        for micro, part in enumerate(parts):
+            latents = torch.cat([pairs._mean[part, 0], pairs._mean[part, 1]])
+            text = {name: value[part] for name, value in pairs._text.items()}
+            index = torch.tensor(part)
+            batch = PairBatch(latents, text, None, torch.ones(len(part)), index, 0)
+            run.learner.learn(batch, micro, last=micro == accumulation - 1)
+        return {n: p.grad for n, p in run.policy.named_parameters() if p.grad is not None}
+
+    whole, parts = gradient("a", [[0, 1, 2, 3]]), gradient("b", [[0], [1], [2], [3]])
+    assert whole.keys() == parts.keys()
+    total = torch.stack([g.norm() for g in whole.values()]).norm()
+    assert total > 0
+    # the same float32 terms in another order, through convolutions of another batch size
+    assert all((whole[n] - parts[n]).norm() <= 1e-5 * total for n in whole)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "smpo", "dmpo", "dspo", "mapo", "kto", "sft"])
@@ -190,6 +205,63 @@ def test_settings_that_should_not_change_the_bits_do_not(model, tmp_path):
     other.train()
     mine, theirs = plain.policy.state_dict(), other.policy.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def test_compiled_blocks_train_alike_and_leave_no_trace(model, tmp_path, monkeypatch):
+    """With graphs captured but not generated, so that seconds suffice and the bits are known."""
+    compile_module = torch.nn.Module.compile
+
+    def captured(self, *, dynamic, options):
+        assert options == {"emulate_precision_casts": True}
+        compile_module(self, dynamic=dynamic, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", captured)
+    torch._dynamo.reset()
+    plain = trainer(model, tmp_path / "plain", rank=2, inversion_steps=1, max_train_steps=2)
+    compiled = trainer(
+        model, tmp_path / "c", rank=2, inversion_steps=1, max_train_steps=2, compile="blocks"
+    )
+    logged, again = plain.train(), compiled.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
+    # policy and reference run through graphs of their own, and the forward keeps its bits
+    same = ("loss", "margin_mean", "policy_winner", "reference_winner")
+    assert [again[0][key] for key in same] == [logged[0][key] for key in same]
+    # the decomposed backward rounds in another order
+    assert again[1]["policy_winner"] == pytest.approx(logged[1]["policy_winner"], rel=1e-4)
+    names = compiled.policy.state_dict().keys()
+    assert names == plain.policy.state_dict().keys()
+    assert not any("_orig_mod" in name for name in names)
+
+
+def test_images_and_values_reach_the_tracker(tmp_path):
+    """On the shipped pipeline, whose autoencoder and text encoder are not in memory otherwise."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from inpo_fast.shipped import model_path, preferences_path
+
+    config = tiny.config(
+        model_path(),
+        tmp_path,
+        dataset_name=str(preferences_path()),
+        max_train_samples=4,
+        rank=2,
+        max_train_steps=2,
+        inversion_steps=1,
+        report_to="tensorboard",
+        validation_prompts=("a large red circle",),
+        validation_inference_steps=1,
+        validation_steps=1,
+        learning_rate=1e-30,
+    )
+    PreferenceTrainer(config).train()
+    events = EventAccumulator(str(tmp_path / "logs" / "inpo-fast"))
+    events.Reload()
+    assert {"loss", "accuracy", "grad_norm", "lr", "mfu"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    first, second = events.Images("validation")
+    # the same seed, and a policy that has hardly moved
+    assert first.encoded_image_string == second.encoded_image_string
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
