@@ -144,6 +144,7 @@ class PreferenceConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
         None, "of the model calls; by default what `accelerate config` says"
     )
+    use_cpu: bool = _option(False, "train on the CPU even where there is an accelerator")
     allow_tf32: bool = _option(False, "TF32 for float32 matrix products, on Ampere and later")
     gradient_checkpointing: bool = _option(
         False, "recompute activations in the backward: less memory, about a third more time"

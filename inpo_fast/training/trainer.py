@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +155,11 @@ class PreferenceTrainer:
         processes: int = self.accelerator.num_processes
         return config.learning_rate * pairs * processes
 
-    def train(self) -> list[dict[str, float]]:
+    def train(self, advance: Callable[[], object] | None = None) -> list[dict[str, float]]:
         """Train to the end, and write the result into `output_dir`.
+
+        Args:
+            advance: called after every optimiser step, in the place of the progress bar.
 
         Returns:
             `history`.
@@ -179,7 +182,7 @@ class PreferenceTrainer:
             total=self.total_steps,
             initial=self.step,
             desc="Steps",
-            disable=not self.accelerator.is_local_main_process,
+            disable=advance is not None or not self.accelerator.is_local_main_process,
         )
         with bar, _memory_advice(config):
             while self.step < self.total_steps:
@@ -194,7 +197,7 @@ class PreferenceTrainer:
                 if self.ema is not None:
                     self.ema.step(self.parameters)
                 self.step += 1
-                bar.update()
+                (advance or bar.update)()
                 if self._due(config.logging_steps):
                     values = self._log(rate)
                     bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{rate:.1e}")
@@ -389,11 +392,12 @@ def _accelerator(config: PreferenceConfig) -> Any:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 
-    # accelerate keeps the precision of its first Accelerator; every trainer has its own
-    AcceleratorState._reset_state()
+    # accelerate keeps precision and device of its first Accelerator; every trainer has its own
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     report = None if config.report_to == "none" else config.report_to
     try:
         accelerator = Accelerator(
+            cpu=config.use_cpu,
             mixed_precision=config.mixed_precision,
             log_with=report,
             project_config=ProjectConfiguration(

@@ -233,6 +233,31 @@ def test_compiled_blocks_train_alike_and_leave_no_trace(model, tmp_path, monkeyp
     assert not any("_orig_mod" in name for name in names)
 
 
+def test_the_quickstart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # --- as in the README
+    from inpo_fast.shipped import load_pipeline, model_path, preferences_path
+    from inpo_fast.training import PreferenceConfig, PreferenceTrainer
+
+    config = PreferenceConfig(
+        pretrained_model_name_or_path=str(model_path()),
+        dataset_name=str(preferences_path()),
+        max_train_samples=64,
+        rank=8,
+        learning_rate=1e-4,
+        lr_warmup_steps=0,
+        max_train_steps=2,
+        output_dir="aligned",
+    )
+    PreferenceTrainer(config).train()
+
+    pipe = load_pipeline()
+    pipe.load_lora_weights("aligned")
+    image = pipe("a large red circle").images[0]
+    # ---
+    assert image.size == (64, 64)
+
+
 def test_images_and_values_reach_the_tracker(tmp_path):
     """On the shipped pipeline, whose autoencoder and text encoder are not in memory otherwise."""
     pytest.importorskip("tensorboard")
