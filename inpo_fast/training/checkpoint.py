@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .config import ConfigError
 from .optimization import TrainingError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full disk looks like to Python, torch and safetensors."""
 
 
 class Checkpoints:
@@ -110,11 +113,10 @@ class Checkpoints:
 
     def _together(self, action: Callable[[], object], step: int) -> None:
         """Run an action on every process, and fail on all of them if it fails on one."""
-        error: OSError | RuntimeError | None = None
+        error: Exception | None = None
         try:
             action()
-        # torch.save reports a full disk as a RuntimeError
-        except (OSError, RuntimeError) as caught:
+        except WRITE_ERRORS as caught:
             error = caught
         failed = torch.tensor(float(error is not None), device=self.accelerator.device)
         if self.accelerator.reduce(failed, reduction="sum").item():

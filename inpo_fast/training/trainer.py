@@ -16,14 +16,15 @@ from tqdm.auto import tqdm
 from ..environment import versions
 from ..losses import OBJECTIVES
 from . import policy, weights
-from .artefacts import push, write_result
-from .checkpoint import STATE, Checkpoints, read_state, rng_state, set_rng_state
+from .artefacts import CONFIG, push, write_result
+from .checkpoint import STATE, WRITE_ERRORS, Checkpoints, read_state, rng_state, set_rng_state
 from .config import ConfigError, PreferenceConfig
 from .metrics import measured_peak
 from .models import load_model
 from .opening import open_pairs
 from .optimization import Stepper, TrainingError, make_optimizer
 from .order import BatchOrder
+from .processes import make_accelerator, memory_advice
 from .step import Learner, Networks
 from .validation import draw_images, log_images
 
@@ -53,11 +54,15 @@ class PreferenceTrainer:
 
     def __init__(self, config: PreferenceConfig, model: Any = None, dataset: Any = None) -> None:
         self.config = config
-        self.accelerator = accelerator = _accelerator(config)
+        self.accelerator = accelerator = make_accelerator(config)
         self.dtype = _DTYPES[accelerator.mixed_precision]
         self.folder = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit, accelerator)
         resume = self.checkpoints.resolve(config.resume_from_checkpoint)
+        if config.resume_from_checkpoint is None and (self.folder / CONFIG).exists():
+            raise ConfigError(
+                f"output_dir {self.folder} holds the result of another training: choose another"
+            )
         self.model = load_model(config, model, self.dtype)
         self.data = open_pairs(config, self.model, dataset, accelerator, self.dtype)
         self.order = self._order()
@@ -184,7 +189,7 @@ class PreferenceTrainer:
             desc="Steps",
             disable=advance is not None or not self.accelerator.is_local_main_process,
         )
-        with bar, _memory_advice(config):
+        with bar, memory_advice(config):
             while self.step < self.total_steps:
                 for part in range(accumulation):
                     batch = next(batches)
@@ -279,13 +284,19 @@ class PreferenceTrainer:
         with self._averaged():
             state = weights.full_state(self.policy)
             if self.accelerator.is_main_process:
-                write_result(
-                    self.folder,
-                    self.config,
-                    self.model,
-                    self.step,
-                    lambda folder: self._save_weights(folder, state),
-                )
+                try:
+                    write_result(
+                        self.folder,
+                        self.config,
+                        self.model,
+                        self.step,
+                        lambda folder: self._save_weights(folder, state),
+                    )
+                except WRITE_ERRORS as error:
+                    raise TrainingError(
+                        f"the result cannot be written to {self.folder} ({error}): free disk space "
+                        f"and call save() again, or run with resume_from_checkpoint=latest"
+                    ) from error
                 if self.config.push_to_hub:
                     push(self.folder, self.config)
         self.accelerator.wait_for_everyone()
@@ -379,64 +390,3 @@ class PreferenceTrainer:
         self.stepper.load(state["stepper"])
         self.step = int(state["step"])
         set_rng_state(read(f"random_states_{self.accelerator.process_index}.pkl"))
-
-
-def _accelerator(config: PreferenceConfig) -> Any:
-    """Accelerate's view of the processes.
-
-    Raises:
-        ConfigError: a way of distribution that is not supported, or a precision that the device has
-            not.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-
-    # accelerate keeps precision and device of its first Accelerator; every trainer has its own
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    report = None if config.report_to == "none" else config.report_to
-    try:
-        accelerator = Accelerator(
-            cpu=config.use_cpu,
-            mixed_precision=config.mixed_precision,
-            log_with=report,
-            project_config=ProjectConfiguration(
-                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")
-            ),
-        )
-    except ValueError as error:
-        raise ConfigError(f"mixed_precision or report_to cannot be: {error}") from error
-    kind = accelerator.distributed_type
-    plugin = accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
-    if kind == DistributedType.DEEPSPEED or (plugin is not None and plugin.fsdp_version != 2):
-        raise ConfigError(
-            "processes must share the work by DDP or FSDP2 (accelerate config: fsdp_version 2), "
-            f"got {kind.value}"
-        )
-    # what draws from torch's own generators: nothing here, but perhaps a model
-    set_seed(config.seed, device_specific=True)
-    if config.allow_tf32 and torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return accelerator
-
-
-@contextlib.contextmanager
-def _memory_advice(config: PreferenceConfig) -> Iterator[None]:
-    """Say what to lower where the device has too little memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        advice = [
-            f"lower train_batch_size ({config.train_batch_size}) and raise "
-            "gradient_accumulation_steps by the same factor"
-        ]
-        if not config.gradient_checkpointing:
-            advice.append("set gradient_checkpointing")
-        if config.mixed_precision in (None, "no"):
-            advice.append("set mixed_precision=bf16")
-        if config.rank is None:
-            advice.append("train a LoRA (rank=8)")
-            if not config.use_8bit_adam and config.optimizer == "adamw":
-                advice.append("set use_8bit_adam or optimizer=adafactor")
-        advice.append("train from a cache (inpo-fast cache), which needs no encoders")
-        raise TrainingError("too little memory: " + "; or ".join(advice) + f" ({error})") from error

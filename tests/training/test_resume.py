@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 
 from inpo_fast.training import checkpoint
@@ -130,6 +131,30 @@ def test_resuming_from_what_is_not_there(model, tmp_path):
     assert trainer(model, tmp_path, resume_from_checkpoint="latest").step == 0
     with pytest.raises(ConfigError, match="resume_from_checkpoint must be latest or a folder"):
         trainer(model, tmp_path, resume_from_checkpoint="checkpoint-7")
+
+
+def test_a_result_is_not_overwritten_by_a_new_run(model, tmp_path):
+    trainer(model, tmp_path, checkpointing_steps=100).train()
+    with pytest.raises(ConfigError, match="holds the result of another training"):
+        trainer(model, tmp_path)
+
+
+def test_a_full_disk_at_the_end_can_be_mended(model, tmp_path, monkeypatch):
+    run = trainer(model, tmp_path, rank=2)
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr("inpo_fast.training.weights.save_lora", full)
+    with pytest.raises(TrainingError, match=r"step 2 cannot be written .*No space.*; none before"):
+        run.train()
+    monkeypatch.setattr("inpo_fast.training.trainer.PreferenceTrainer.save_checkpoint", vars)
+    with pytest.raises(TrainingError, match=r"the result cannot be written .*No space.* save\(\)"):
+        run.train()
+    assert not any(tmp_path.glob("*.safetensors")) and not any(tmp_path.glob(".result*"))
+    monkeypatch.undo()
+    run.save()
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "trainer_state.json"])

@@ -1,5 +1,6 @@
 """Training end to end on tiny models: what is learnt, what is kept, what is written."""
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ from inpo_fast.training.batch import PairBatch
 from inpo_fast.training.config import ConfigError
 from inpo_fast.training.inversion import SOURCES
 from inpo_fast.training.optimization import TrainingError
+from inpo_fast.training.pairs import DataError
 from inpo_fast.training.trainer import PreferenceTrainer
 
 from . import tiny
@@ -197,6 +199,30 @@ def test_one_path_trains_at_several_levels(model, tmp_path, source):
     assert history[-1]["margin_mean"] != 0
 
 
+def test_a_soft_tie_has_no_gradient_at_the_start(model, tmp_path):
+    data = tiny.pairs()
+    data._label.fill_(0.5)
+    run = trainer(model, tmp_path, data, ties="soft", max_train_steps=1)
+    assert run.train()[0]["grad_norm"] == 0
+
+
+def test_epochs_and_the_scaled_learning_rate(model, tmp_path):
+    run = trainer(
+        model,
+        tmp_path,
+        max_train_steps=None,
+        num_train_epochs=2,
+        gradient_accumulation_steps=2,
+        inversion_steps=1,
+        learning_rate=1e-6,
+        scale_lr=True,
+    )
+    history = run.train()
+    # 12 pairs are 6 micro-batches of 2, and 3 steps, an epoch
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert history[0]["lr"] == pytest.approx(1e-6 * 2 * 2)
+
+
 def test_settings_that_should_not_change_the_bits_do_not(model, tmp_path):
     """Gradient checkpointing recomputes the same numbers; the number of workers changes none."""
     plain = trainer(model, tmp_path / "a", rank=2)
@@ -231,6 +257,54 @@ def test_compiled_blocks_train_alike_and_leave_no_trace(model, tmp_path, monkeyp
     names = compiled.policy.state_dict().keys()
     assert names == plain.policy.state_dict().keys()
     assert not any("_orig_mod" in name for name in names)
+
+
+def test_a_lora_with_kohyas_names(model, tmp_path):
+    from safetensors.torch import load_file
+
+    trainer(model, tmp_path / "mine", rank=2, output_kohya_format=True, max_train_steps=1).train()
+    kohya = load_file(tmp_path / "mine" / "mine_kohya.safetensors")
+    ours = load_file(tmp_path / "mine" / "pytorch_lora_weights.safetensors")
+    layers = {name.split(".")[0] for name in kohya}
+    assert len(kohya) == 3 * len(layers) == 3 * len(ours) / 2
+    assert all(name.startswith("lora_unet_") for name in layers)
+    ends = {name.split(".", 1)[1] for name in kohya}
+    assert ends == {"lora_down.weight", "lora_up.weight", "alpha"}
+
+
+def test_a_cache_trains_as_live_pairs_do_and_loads_no_encoder(tmp_path, monkeypatch):
+    from inpo_fast.cli import main
+    from inpo_fast.shipped import model_path, preferences_path
+    from inpo_fast.training.encoders import Encoders
+
+    settings = {"rank": 2, "max_train_steps": 2, "inversion_steps": 1, "resolution": 64}
+    live = tiny.config(
+        *(model_path(), tmp_path / "live"),
+        dataset_name=str(preferences_path()),
+        max_train_samples=8,
+        **settings,
+    )
+    logged = PreferenceTrainer(live).train()
+    flags = ["--resolution", "64", "--dtype", "float32", "--max_train_samples", "8"]
+    where = ["--model", str(model_path()), "--output", str(tmp_path / "cache"), "--device", "cpu"]
+    assert main(["cache", str(preferences_path()), *where, *flags]) == 0
+    monkeypatch.delattr(Encoders, "load")
+    cached = tiny.config(
+        model_path(), tmp_path / "cached", dataset_name=str(tmp_path / "cache"), **settings
+    )
+    again = PreferenceTrainer(cached).train()
+    for key in ("loss", "policy_winner", "grad_norm"):
+        assert [row[key] for row in again] == [row[key] for row in logged]
+    with pytest.raises(DataError, match="does not fit this run"):
+        PreferenceTrainer(
+            dataclasses.replace(cached, output_dir=str(tmp_path / "x"), no_hflip=True)
+        )
+
+
+def test_the_official_inversion(model, tmp_path):
+    history = trainer(model, tmp_path, latents="official", train_batch_size=1).train()
+    assert history[0]["margin_mean"] == 0
+    assert all(math.isfinite(row["loss"]) for row in history)
 
 
 def test_the_quickstart(tmp_path, monkeypatch):
