@@ -45,6 +45,11 @@ def make_accelerator(config: PreferenceConfig) -> Any:
             "processes must share the work by DDP or FSDP2 (accelerate config: fsdp_version 2), "
             f"got {kind.value}"
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError(
+            "mixed_precision=fp16 needs an accelerator with a loss scale, or gradients vanish; use "
+            "bf16 on the CPU"
+        )
     # what draws from torch's own generators: nothing here, but perhaps a model
     set_seed(config.seed, device_specific=True)
     if config.allow_tf32 and torch.cuda.is_available():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from inpo_fast.training import policy
 from inpo_fast.training.batch import PairBatch
 from inpo_fast.training.config import ConfigError
 from inpo_fast.training.inversion import SOURCES
@@ -47,6 +48,33 @@ def test_the_policy_starts_as_the_reference_to_the_bit(model, tmp_path, rank, pr
     assert first["margin_mean"] == first["margin_std"] == 0
     assert first["policy_winner"] == first["reference_winner"] > 0
     assert first["policy_loser"] == first["reference_loser"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [tiny.unet, tiny.unet_xl])
+def test_policy_and_reference_compute_from_the_same_numbers(make, dtype):
+    """In every 16-bit type, although a wholly trained policy has float32 weights."""
+    noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, tiny.TEXT, tiny.WIDTH)
+    added = {"text_embeds": text[:, 0], "time_ids": torch.full((2, 6), 64.0)}
+    lora = {"rank": 2, "alpha": 2, "targets": ("to_q", "to_out.0"), "seed": 0}
+    for pair in (policy.full(make(), dtype), policy.lora(make(), dtype, **lora)):
+        with torch.autocast("cpu", dtype), torch.no_grad():
+            ours, theirs = (
+                module(noise, torch.tensor([3, 700]), text, added_cond_kwargs=added).sample
+                for module in pair
+            )
+        assert ours.dtype == dtype
+        assert torch.equal(ours, theirs)
+    trained, frozen = policy.full(make(), dtype)
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    # matrices are 16-bit; what is left are norms, which autocast computes in float32
+    wide = sum(p.numel() for p in frozen.parameters() if p.dtype == torch.float32)
+    assert wide < sum(p.numel() for p in frozen.parameters()) / 10
+
+
+def test_half_precision_needs_a_loss_scale(model, tmp_path):
+    with pytest.raises(ConfigError, match=r"mixed_precision=fp16 needs an accelerator .*bf16"):
+        trainer(model, tmp_path, mixed_precision="fp16", use_cpu=True)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
