@@ -38,10 +38,20 @@ COMMANDS = {
         extra="diffusers",
     ),
     "env": Command("inpo_fast.environment", "print versions, hardware and backends"),
+    "eval": Command(
+        "inpo_fast.evaluation.command",
+        "win rates, with intervals, of a trained model over another from the same noise",
+        extra="train",
+    ),
     "invert": Command(
         "inpo_fast.pipelines.invert_command",
         "turn an image into noise from which it comes back exactly",
         extra="diffusers",
+    ),
+    "train": Command(
+        "inpo_fast.train",
+        "train a model on preference pairs (several devices: accelerate launch -m inpo_fast.train)",
+        extra="train",
     ),
     "validate-data": Command(
         "inpo_fast.training.validate_data",

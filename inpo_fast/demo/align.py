@@ -8,22 +8,24 @@ The reader of attributes measures before and after, and takes no part in the tra
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..losses import dpo_loss
-from ..schedule import NoiseSchedule
 from ..shipped import reader, scenes
-from ..training import NoisyLatents, ddim_inversion, q_sample, training_schedule
+from ..training import MemoryPairs
+from ..training.config import PreferenceConfig
+from ..training.trainer import PreferenceTrainer
 from .measures import mean_and_error
 from .pipeline import Pipeline
-from .preferences import MicroBatch, Pairs, depth_buckets, load_pairs, plan
+from .preferences import Pairs, load_pairs
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Objective:
 
     Attributes:
         name: `inpo` or `diffusion-dpo`.
+        loss_type: the trainer's name of it.
         beta: β of the loss.
         learning_rate: peak of AdamW's.
     """
 
     name: str
+    loss_type: str
     beta: float
     learning_rate: float
 
@@ -48,7 +52,7 @@ class Settings:
     Attributes:
         objectives: run in order.
         steps: optimiser steps.
-        pairs: pairs of a micro-batch; a step has one micro-batch for every inversion depth.
+        pairs: of a step; they share the number of inversion steps.
         max_depth: DDIM inversion steps of InPO that would reach the last timestep (10 in the
             paper); see `inpo_fast.training.inversion_depth`.
         first_timestep: timesteps are uniform from here on. A scene's attributes are decided where
@@ -56,12 +60,11 @@ class Settings:
             short a training their noise drowns the rest.
         prompts: held-out prompts of the evaluation.
         sample_steps, guidance: of the evaluation's DDIM sampling.
-        warmup: fraction of the steps over which the learning rate rises.
     """
 
     objectives: tuple[Objective, ...] = (
-        Objective("inpo", beta=200, learning_rate=2e-4),
-        Objective("diffusion-dpo", beta=200, learning_rate=2e-4),
+        Objective("inpo", "inpo", beta=200, learning_rate=2e-4),
+        Objective("diffusion-dpo", "dpo", beta=200, learning_rate=2e-4),
     )
     steps: int = 20
     pairs: int = 128
@@ -70,7 +73,6 @@ class Settings:
     prompts: int = 128
     sample_steps: int = 20
     guidance: float = 3.0
-    warmup: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -121,79 +123,62 @@ def train(
     pipeline: Pipeline,
     pairs: Pairs,
     objective: Objective,
-    steps: Sequence[Sequence[MicroBatch]],
+    settings: Settings,
     *,
-    warmup: float,
     seed: int,
     advance: Callable[[], object],
 ) -> tuple[nn.Module, Curve]:
-    """Fine-tune a copy of the UNet; the pipeline's own is the frozen reference.
+    """Fine-tune a copy of the UNet; the pipeline's own stays as it is.
 
     Args:
-        steps: the micro-batches of every optimiser step.
-        warmup: see `Settings`.
-        seed: of Diffusion-DPO's noise.
+        settings: the steps, their pairs and their timesteps.
+        seed: of batches, timesteps and Diffusion-DPO's noise.
         advance: called after every step.
     """
-    policy = copy.deepcopy(pipeline.unet).requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=objective.learning_rate)
-    schedule = training_schedule(pipeline.scheduler)
-    noise = torch.Generator().manual_seed(seed)
-    curve = Curve()
-    for number, step in enumerate(steps):
-        rate = objective.learning_rate * learning_rate(number, len(steps), warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        losses, accuracies = [], []
-        for micro in step:
-            clean = torch.cat([pairs.winners[micro.chosen], pairs.losers[micro.chosen]])
-            text = pairs.text[micro.chosen].repeat(2, 1, 1)
-            noisy = noisy_latents(objective, policy, clean, text, micro, schedule, noise)
-            times = torch.tensor(micro.timesteps * 2, device=clean.device)
-            with torch.no_grad():
-                reference = pipeline.unet(noisy.latents, times, text, return_dict=False)[0]
-            output = policy(noisy.latents, times, text, return_dict=False)[0]
-            result = dpo_loss(output, reference, noisy.target, beta=objective.beta)
-            (result.loss / len(step)).backward()
-            losses.append(result.loss.detach())
-            accuracies.append(result.accuracy)
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        curve.loss.append(float(torch.stack(losses).mean()))
-        curve.accuracy.append(float(torch.stack(accuracies).mean()))
-        advance()
-    return policy.requires_grad_(False), curve
-
-
-def noisy_latents(
-    objective: Objective,
-    policy: nn.Module,
-    clean: Tensor,
-    text: Tensor,
-    micro: MicroBatch,
-    schedule: NoiseSchedule,
-    generator: torch.Generator,
-) -> NoisyLatents:
-    """x_t and τ of winners and losers, [2P, 4, h, w] each, at the pair's timestep."""
-    timesteps = micro.timesteps * 2
-    if objective.name == "inpo":
-        return ddim_inversion(
-            lambda sample, times: policy(sample, times, text, return_dict=False)[0],
-            clean,
-            timesteps,
-            schedule,
-            num_steps=micro.depth,
+    data = MemoryPairs(
+        torch.stack([pairs.winners, pairs.losers], dim=1).cpu(),
+        None,
+        {"prompt_embeds": pairs.text.cpu()},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = PreferenceConfig(
+            output_dir=folder,
+            loss_type=objective.loss_type,
+            beta_dpo=objective.beta,
+            inversion_steps=settings.max_depth,
+            first_timestep=settings.first_timestep,
+            proportion_empty_prompts=0.0,
+            max_train_steps=settings.steps,
+            train_batch_size=settings.pairs,
+            learning_rate=objective.learning_rate,
+            lr_scheduler="linear",
+            lr_warmup_steps=0,
+            checkpointing_steps=settings.steps + 1,
+            logging_steps=1,
+            mixed_precision="no",
+            use_cpu=pipeline.device.type == "cpu",
+            seed=seed,
         )
-    # winner and loser share the noise, as in Diffusion-DPO
-    noise = torch.randn(len(micro.timesteps), *clean.shape[1:], generator=generator)
-    return q_sample(clean, noise.to(clean.device).repeat(2, 1, 1, 1), timesteps, schedule)
+        trainer = PreferenceTrainer(config, _stable_diffusion(pipeline), data)
+        history = trainer.train(advance)
+    policy: nn.Module = trainer.policy.requires_grad_(False).to(pipeline.device)
+    return policy, Curve([row["loss"] for row in history], [row["accuracy"] for row in history])
 
 
-def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Fraction of the peak: a linear rise, then a linear fall to zero after the last step."""
-    rise = max(1, round(warmup * steps))
-    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+def _stable_diffusion(pipeline: Pipeline) -> Any:
+    """The pipeline as diffusers has it, with a copy of the UNet."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=pipeline.vae,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        unet=copy.deepcopy(pipeline.unet),
+        scheduler=pipeline.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def run(pipeline: Pipeline, preferences: Path, settings: Settings, *, seed: int) -> AlignResult:
@@ -212,7 +197,7 @@ def run(pipeline: Pipeline, preferences: Path, settings: Settings, *, seed: int)
         bar.set_postfix_str("base")
         images = {"base": draw(pipeline.unet)}
         before = reader.score(images["base"], chosen)
-        pairs, steps = _prepare(pipeline, preferences, settings, seed)
+        pairs = load_pairs(preferences, pipeline, settings.steps * settings.pairs, seed)
         bar.update()
         rows, curves = [], {}
         for objective in settings.objectives:
@@ -222,8 +207,7 @@ def run(pipeline: Pipeline, preferences: Path, settings: Settings, *, seed: int)
                 pipeline,
                 pairs,
                 objective,
-                steps,
-                warmup=settings.warmup,
+                settings,
                 seed=seed,
                 advance=bar.update,
             )
@@ -233,18 +217,6 @@ def run(pipeline: Pipeline, preferences: Path, settings: Settings, *, seed: int)
             rows.append(_row(objective, settings, seconds, before, after))
             bar.update()
     return AlignResult(rows, curves, prompts, images)
-
-
-def _prepare(
-    pipeline: Pipeline, preferences: Path, settings: Settings, seed: int
-) -> tuple[Pairs, list[list[MicroBatch]]]:
-    """The encoded pairs, and the batches that all objectives train on."""
-    timesteps = len(pipeline.scheduler.alphas_cumprod)
-    buckets = depth_buckets(settings.first_timestep, timesteps, settings.max_depth)
-    wanted = settings.steps * len(buckets) * settings.pairs
-    pairs = load_pairs(preferences, pipeline, wanted, seed)
-    steps = plan(len(pairs.text), buckets, steps=settings.steps, pairs=settings.pairs, seed=seed)
-    return pairs, steps
 
 
 def _row(

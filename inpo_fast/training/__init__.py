@@ -1,7 +1,8 @@
-"""Preference training: the pairs, and where the noisy latents come from."""
+"""Preference training: the pairs, where the noisy latents come from, and the trainer."""
 
 from .batch import PairBatch
 from .cache import CachedPairs, CacheWriter, training_key
+from .config import ConfigError, PreferenceConfig
 from .encoders import Encoders, ModelFiles
 from .examine import Report, Rules
 from .images import Preprocess
@@ -10,11 +11,13 @@ from .latents import NoisyLatents, q_sample, training_schedule
 from .live import LivePairs
 from .loader import PairData
 from .official import official_inversion_path
+from .optimization import TrainingError
 from .order import BatchOrder
 from .pairs import DataError, PreferencePair, Ties
 from .sources import open_source
 from .stored import MemoryPairs, Scaling
 from .timesteps import Draw, TimestepSampler, even_grid, inversion_depth
+from .trainer import PreferenceTrainer
 from .trajectory import (
     Call,
     Trajectory,
@@ -30,6 +33,7 @@ __all__ = [
     "CacheWriter",
     "CachedPairs",
     "Call",
+    "ConfigError",
     "DataError",
     "Draw",
     "Encoders",
@@ -39,7 +43,9 @@ __all__ = [
     "NoisyLatents",
     "PairBatch",
     "PairData",
+    "PreferenceConfig",
     "PreferencePair",
+    "PreferenceTrainer",
     "Preprocess",
     "Report",
     "Rules",
@@ -47,6 +53,7 @@ __all__ = [
     "Source",
     "Ties",
     "TimestepSampler",
+    "TrainingError",
     "Trajectory",
     "bdia_inversion_path",
     "ddim_inversion",

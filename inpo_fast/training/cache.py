@@ -38,6 +38,11 @@ _KEY, _INDEX = "key.json", "index.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+def is_cache(path: str | PathLike[str]) -> bool:
+    """Whether `path` is the folder of a cache, finished or not."""
+    return (Path(path) / _KEY).is_file()
+
+
 def training_key(files: ModelFiles, rules: Rules) -> dict[str, Any]:
     """What a run must agree on with the cache that it trains from."""
     ties: dict[str, Any] = {"mode": rules.ties.mode}

@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     CROP = 3
     POSTERIOR = 4
     EMPTY_PROMPT = 5
+    TIMESTEP = 6
+    NOISE = 7
 
 
 def uniform(purpose: Purpose, *key: int) -> float:

@@ -1,0 +1,145 @@
+"""`inpo-fast eval`: compare a trained model with another."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..environment import machine, versions
+from ..training.files import write_json
+from .compare import Settings, as_json, compare
+from .models import fingerprint, load_pipeline
+from .scorers import SCORERS, ScorerError, make_scorer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "candidate", help="what a training wrote into its output_dir, or a pipeline's folder"
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="the base of both models"
+    )
+    parser.add_argument("--baseline", help="as the candidate; by default the base itself")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        help="text file with a prompt on every line that is not empty",
+    )
+    parser.add_argument(
+        "--scorer",
+        nargs="+",
+        choices=list(SCORERS),
+        required=True,
+        help="what decides which image is better",
+    )
+    parser.add_argument("--json", type=Path, required=True, help="file of the result")
+    parser.add_argument("--images", type=Path, help="folder for the images, side by side as PNG")
+    parser.add_argument(
+        "--num_seeds", type=int, default=1, help="images of a prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="first of the seeds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_inference_steps", type=int, default=50, help="sampling steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, default=7.5, help="guidance (default: %(default)s)"
+    )
+    parser.add_argument("--resolution", type=int, help="height and width, by default the model's")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="images of a call (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=list(_DTYPES), default="float32", help="of the models (%(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        evaluate(arguments)
+    except (OSError, ValueError, ScorerError) as error:
+        print(f"inpo-fast eval: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Compare, print a line for each scorer, and write the JSON."""
+    base, dtype = arguments.pretrained_model_name_or_path, _DTYPES[arguments.dtype]
+    lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+    settings = Settings(
+        tuple(line.strip() for line in lines if line.strip()),
+        tuple(range(arguments.seed, arguments.seed + arguments.num_seeds)),
+        arguments.num_inference_steps,
+        arguments.guidance_scale,
+        arguments.resolution,
+        arguments.resolution,
+        arguments.batch_size,
+    )
+    # before anything is drawn: a missing package should not cost an hour
+    scorers = {name: make_scorer(name, arguments.device) for name in arguments.scorer}
+    results = {"candidate": arguments.candidate, "baseline": arguments.baseline}
+    hashes = {name: fingerprint(base, result) for name, result in results.items()}
+    shown = _SideBySide(arguments.images) if arguments.images is not None else None
+    compared, schedulers = compare(
+        lambda: load_pipeline(base, arguments.candidate, dtype=dtype, device=arguments.device),
+        lambda: load_pipeline(base, arguments.baseline, dtype=dtype, device=arguments.device),
+        settings,
+        scorers,
+        keep=shown,
+    )
+    for comparison in compared:
+        print(comparison.text())
+    models = {
+        name: {
+            "base": base,
+            "result": result,
+            "sha256": hashes[name],
+            "scheduler": schedulers[name],
+        }
+        for name, result in results.items()
+    }
+    write_json(
+        arguments.json,
+        {
+            **as_json(settings, compared),
+            "models": models,
+            "dtype": arguments.dtype,
+            "device": arguments.device,
+            "versions": versions(),
+            "machine": machine(),
+        },
+    )
+
+
+class _SideBySide:
+    """Writes `<prompt>-<seed>.png` with the candidate on the left and the baseline on the right."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+
+    def __call__(self, name: str, prompt: int, seed: int, image: Tensor) -> None:
+        from PIL import Image
+
+        path = self.folder / f"{prompt:05d}-{seed}.png"
+        pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        picture = Image.fromarray(pixels)
+        if name == "baseline":
+            with Image.open(path) as left:
+                both = Image.new("RGB", (left.width + picture.width, picture.height))
+                both.paste(left, (0, 0))
+            both.paste(picture, (both.width - picture.width, 0))
+            picture = both
+        picture.save(path)

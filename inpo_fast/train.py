@@ -1,0 +1,33 @@
+"""`accelerate launch -m inpo_fast.train …`, and `inpo-fast train …`: see `inpo_fast.training`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .training.config import ConfigError, PreferenceConfig
+from .training.optimization import TrainingError
+from .training.pairs import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    PreferenceConfig.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from .training.trainer import PreferenceTrainer
+
+    try:
+        trainer = PreferenceTrainer(PreferenceConfig.from_arguments(arguments))
+        trainer.train()
+    except (ConfigError, DataError, TrainingError) as error:
+        print(f"inpo-fast train: {error}", file=sys.stderr)
+        return 1
+    trainer.accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    _parser = argparse.ArgumentParser(prog="inpo_fast.train", description=__doc__)
+    add_arguments(_parser)
+    sys.exit(run(_parser.parse_args()))

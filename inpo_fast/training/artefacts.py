@@ -1,0 +1,104 @@
+"""The result of a run: weights, config and model card, put into place when all of it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from .config import PreferenceConfig
+from .models import Model
+from .weights import LORA, save_kohya
+
+CONFIG = "training_config.json"
+
+
+def write_result(
+    folder: Path,
+    config: PreferenceConfig,
+    model: Model,
+    steps: int,
+    save_weights: Callable[[Path], object],
+) -> None:
+    """Write everything beside its place and move it there; other files of the folder stay.
+
+    Args:
+        steps: optimiser steps done.
+        save_weights: writes the LoRA file or the denoiser's folder into a folder.
+    """
+    part = folder / ".result.tmp"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        save_weights(part)
+        if config.output_kohya_format:
+            save_kohya(part / f"{folder.resolve().name}_kohya.safetensors", part / LORA)
+        written = {**config.to_dict(), "steps": steps, "inpo_fast": __version__}
+        (part / CONFIG).write_text(json.dumps(written, indent=1) + "\n")
+        model_card(config, model, steps, folder).save(part / "README.md")
+        for entry in part.iterdir():
+            place = folder / entry.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            os.replace(entry, place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def model_card(config: PreferenceConfig, model: Model, steps: int, folder: Path) -> Any:
+    """The card, with what is needed to repeat the run."""
+    from diffusers.utils.hub_utils import populate_model_card
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base = config.pretrained_model_name_or_path or model.pipeline
+    lora = config.rank is not None
+    component = model.family.component
+    load = (
+        f'pipe.load_lora_weights("{config.hub_model_id or folder.name}")'
+        if lora
+        else f"pipe.{component} = type(pipe.{component}).from_pretrained("
+        f'"{config.hub_model_id or folder.name}", subfolder="{component}")'
+    )
+    settings = {
+        "base model": base,
+        "preference data": config.dataset_name or "pairs given to PreferenceTrainer",
+        "objective": config.loss_type,
+        "β": config.beta,
+        "noisy latents": f"{config.source}, {config.inversion_steps} steps to the last timestep",
+        "trained": f"LoRA of rank {config.rank}" if lora else f"the whole {component}",
+        "optimiser steps": steps,
+        "pairs of a step and device": config.train_batch_size * config.gradient_accumulation_steps,
+        "learning rate": config.learning_rate,
+        "seed": config.seed,
+        "made with": f"inpo_fast {__version__}, settings in {CONFIG}",
+    }
+    lines = "\n".join(f"- {name}: {value}" for name, value in settings.items())
+    described = (
+        f"# {folder.resolve().name}\n\n"
+        f"{base}, aligned with human preferences by inpo_fast.\n\n{lines}\n\n"
+        f"```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")\n{load}\n```\n'
+    )
+    is_name = not Path(base).exists() and base.count("/") == 1
+    tags = ["text-to-image", "diffusers", "diffusers-training", "preference-optimization"]
+    data = ModelCardData(library_name="diffusers", base_model=base if is_name else None)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{described}")
+    return populate_model_card(card, tags=[*tags, *(["lora", "template:sd-lora"] if lora else [])])
+
+
+def push(folder: Path, config: PreferenceConfig) -> None:
+    """Upload the result, without checkpoints."""
+    from huggingface_hub import create_repo, upload_folder
+
+    name = config.hub_model_id or folder.resolve().name
+    repository = create_repo(name, exist_ok=True).repo_id
+    upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        commit_message="Train with inpo_fast",
+        ignore_patterns=["checkpoint-*/**", ".*", "logs/**"],
+    )

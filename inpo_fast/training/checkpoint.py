@@ -1,0 +1,181 @@
+"""Checkpoints that are there completely or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from .config import ConfigError
+from .optimization import TrainingError
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+STATE = "trainer_state.json"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full disk looks like to Python, torch and safetensors."""
+
+
+class Checkpoints:
+    """The folders `checkpoint-<step>` of a run.
+
+    A checkpoint is written beside its place, forced to the disk and renamed, so a kill or a full
+    disk leaves the ones before it as they are. All processes write, into one file system.
+
+    Args:
+        folder: of the run.
+        limit: how many to keep; None keeps all.
+        accelerator: of the run.
+    """
+
+    def __init__(self, folder: Path, limit: int | None, accelerator: Any) -> None:
+        self.folder, self.limit, self.accelerator = folder, limit, accelerator
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, rising."""
+        if not self.folder.is_dir():
+            return []
+        found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
+    def resolve(self, wanted: str | None) -> Path | None:
+        """The checkpoint to go on from; None begins anew.
+
+        Raises:
+            ConfigError: it does not exist; or the folder has checkpoints that a new run would
+                overwrite.
+        """
+        steps = self.steps()
+        if wanted is None:
+            if steps:
+                raise ConfigError(
+                    f"output_dir {self.folder} has checkpoints up to step {steps[-1]}: set "
+                    f"resume_from_checkpoint=latest, or choose another output_dir"
+                )
+            return None
+        if wanted == "latest":
+            return self.path(steps[-1]) if steps else None
+        for path in (Path(wanted), self.folder / wanted):
+            if (path / STATE).is_file():
+                return path
+        raise ConfigError(
+            f"resume_from_checkpoint must be latest or a folder with {STATE}, got {wanted}; "
+            f"{self.folder} has the steps {steps}"
+        )
+
+    def save(self, step: int, write: Callable[[Path], object]) -> None:
+        """Write the checkpoint of `step`; all processes must call it.
+
+        Args:
+            write: puts this process's part into a folder; no collectives in there.
+
+        Raises:
+            TrainingError: on all processes, where one of them could not write.
+        """
+        final = self.path(step)
+        if final.is_dir():
+            # a resumed run comes by again, with the same bits
+            return
+        part = self.folder / f".{final.name}.tmp"
+
+        def prepare() -> None:
+            # also those of runs that were killed while they wrote
+            for left in self.folder.glob(".checkpoint-*.tmp"):
+                shutil.rmtree(left)
+            part.mkdir(parents=True)
+
+        def finish() -> None:
+            _sync(part)
+            os.replace(part, final)
+            _sync_folder(self.folder)
+            for old in self.steps()[: -self.limit] if self.limit else []:
+                shutil.rmtree(self.path(old))
+
+        main = self.accelerator.is_main_process
+        try:
+            self._together(prepare if main else _nothing, step)
+            self._together(lambda: write(part), step)
+            self._together(finish if main else _nothing, step)
+        except TrainingError:
+            if main:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    def _together(self, action: Callable[[], object], step: int) -> None:
+        """Run an action on every process, and fail on all of them if it fails on one."""
+        error: Exception | None = None
+        try:
+            action()
+        except WRITE_ERRORS as caught:
+            error = caught
+        failed = torch.tensor(float(error is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(failed, reduction="sum").item():
+            steps = self.steps()
+            kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none before it"
+            raise TrainingError(
+                f"the checkpoint of step {step} cannot be written to {self.folder} "
+                f"({error or 'see the other process'}); {kept}: free disk space and resume with "
+                f"resume_from_checkpoint=latest"
+            ) from error
+
+
+def _nothing() -> None:
+    pass
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of this process."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the checkpoint {path} cannot be read: {error}") from error
+    return state
+
+
+def _sync(folder: Path) -> None:
+    """Force all files of a folder to the disk."""
+    for entry in sorted(folder.rglob("*")):
+        if entry.is_file():
+            with entry.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(entry)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,136 @@
+"""The model families: where a pipeline keeps its denoiser, and how the denoiser is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..schedule import NoiseSchedule
+from .latents import training_schedule
+
+Predict: TypeAlias = Callable[[nn.Module, Tensor, Tensor, "Conditioning"], Tensor]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told beside x_t and t, for every sample of a batch.
+
+    Attributes:
+        text: [B, …] by the name that diffusers' pipelines give it.
+        time_ids: [B, 6] SDXL's sizes and crops, or None.
+        guidance: of FLUX's embedding.
+    """
+
+    text: Mapping[str, Tensor]
+    time_ids: Tensor | None = None
+    guidance: float = 3.5
+
+
+@dataclass(frozen=True)
+class Family:
+    """Pipelines that are trained in the same way.
+
+    Attributes:
+        component: of the pipeline that is trained, `unet` or `transformer`.
+        predict: calls it on [B, C, h, w] x_t with [B] times.
+        blocks: class names of its repeated blocks, which `compile=blocks` compiles.
+        full: whether all weights can be trained; else only a LoRA.
+    """
+
+    component: str
+    predict: Predict
+    blocks: tuple[str, ...]
+    full: bool
+
+
+def _unet(model: nn.Module, latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
+    output: Tensor = model(latents, times, given.text["prompt_embeds"], return_dict=False)[0]
+    return output
+
+
+def _unet_xl(model: nn.Module, latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
+    added = {"text_embeds": given.text["pooled_prompt_embeds"], "time_ids": given.time_ids}
+    output: Tensor = model(
+        latents,
+        times,
+        given.text["prompt_embeds"],
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+    return output
+
+
+def _sd3(model: nn.Module, latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
+    output: Tensor = model(
+        hidden_states=latents,
+        timestep=times,
+        encoder_hidden_states=given.text["prompt_embeds"],
+        pooled_projections=given.text["pooled_prompt_embeds"],
+        return_dict=False,
+    )[0]
+    return output
+
+
+def _flux(model: nn.Module, latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
+    batch, channels, height, width = latents.shape
+    text = given.text["prompt_embeds"]
+    # FLUX sees patches of 2 × 2 as one token, [B, h/2·w/2, 4C]
+    rows, columns = height // 2, width // 2
+    patches = latents.view(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+    output: Tensor = model(
+        hidden_states=patches.reshape(batch, rows * columns, channels * 4),
+        timestep=times / 1000,
+        guidance=latents.new_full((batch,), given.guidance) if _has_guidance(model) else None,
+        encoder_hidden_states=text,
+        pooled_projections=given.text["pooled_prompt_embeds"],
+        txt_ids=latents.new_zeros(text.shape[1], 3),
+        img_ids=_positions(rows, columns, latents),
+        return_dict=False,
+    )[0]
+    patches = output.view(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels, height, width)
+
+
+def _has_guidance(model: nn.Module) -> bool:
+    inner: Any = getattr(model, "module", model)
+    has: bool = inner.config.guidance_embeds
+    return has
+
+
+def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
+    """[rows·columns, 3] row and column of every token."""
+    row = torch.arange(rows, device=like.device, dtype=like.dtype)
+    column = torch.arange(columns, device=like.device, dtype=like.dtype)
+    grid = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1)
+    return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)
+
+
+_UNET_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+
+FAMILIES: Mapping[str, Family] = {
+    "StableDiffusionPipeline": Family("unet", _unet, _UNET_BLOCKS, full=True),
+    "StableDiffusionXLPipeline": Family("unet", _unet_xl, _UNET_BLOCKS, full=True),
+    "StableDiffusion3Pipeline": Family("transformer", _sd3, ("JointTransformerBlock",), full=False),
+    "FluxPipeline": Family(
+        "transformer", _flux, ("FluxTransformerBlock", "FluxSingleTransformerBlock"), full=False
+    ),
+}
+"""By the pipeline's class."""
+
+
+def schedule_of(scheduler: Any, tokens: int) -> NoiseSchedule:
+    """The training schedule, with FLUX's shift for images of so many tokens, k = e^μ and μ linear
+    in their number."""
+    config = scheduler.config
+    if not getattr(config, "use_dynamic_shifting", False):
+        return training_schedule(scheduler)
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    slope = (config.max_shift - config.base_shift) / (high - low)
+    mu = config.base_shift + slope * (tokens - low)
+    total = config.num_train_timesteps
+    return NoiseSchedule.flow(total, shift=math.exp(mu), num_train_timesteps=total)

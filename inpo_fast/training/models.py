@@ -1,0 +1,149 @@
+"""From the config, or a loaded pipeline, to the parts that a training needs."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..schedule import NoiseSchedule
+from .config import ConfigError, PreferenceConfig
+from .families import FAMILIES, Family, schedule_of
+
+_FLUX_SAMPLE_SIZE = 128
+"""FLUX's config names no size; its pipeline draws 1024² by default."""
+
+
+@dataclass
+class Model:
+    """A pipeline's denoiser with what is needed to train it.
+
+    Attributes:
+        denoiser: that is trained.
+        schedule: its noise levels.
+        pipeline: class of the pipeline, a key of `FAMILIES`.
+        loaded: the pipeline, where the caller gave one.
+    """
+
+    denoiser: Any
+    schedule: NoiseSchedule
+    pipeline: str
+    loaded: Any = None
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.pipeline]
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the latents, before FLUX packs 2 × 2 of them into one token."""
+        channels: int = self.denoiser.config.in_channels
+        return channels // 4 if self.pipeline == "FluxPipeline" else channels
+
+    @property
+    def resolution(self) -> int:
+        """Pixels along a side that the denoiser was made for."""
+        return 8 * _sample_size(self.denoiser)
+
+
+def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> Model:
+    """Load the denoiser and scheduler that the config names, or take those of a pipeline.
+
+    Args:
+        config: of the run.
+        pipeline: or None.
+        dtype: of weights that stay frozen under a LoRA; others are loaded in float32.
+
+    Raises:
+        ConfigError: nothing can be loaded, or a family that cannot be trained so.
+    """
+    name = _class_in_index(config) if pipeline is None else type(pipeline).__name__
+    if name not in FAMILIES:
+        raise ConfigError(
+            f"the model must be a pipeline of one of the classes {', '.join(FAMILIES)}, got {name}"
+        )
+    family = FAMILIES[name]
+    if config.rank is None and not family.full:
+        raise ConfigError(f"rank must be given: a {name} is trained by LoRA only")
+    options = {"dtype": torch.float32 if config.rank is None else dtype}
+    parts = _denoiser_and_scheduler(config, family, options) if pipeline is None else pipeline
+    denoiser = getattr(parts, family.component)
+    if config.unet_init is not None:
+        denoiser = _other_denoiser(config.unet_init, type(denoiser), family.component, options)
+    side = config.resolution // 8 if config.resolution else _sample_size(denoiser)
+    try:
+        # FLUX has a token for 2 × 2 latents
+        schedule = schedule_of(parts.scheduler, (side // 2) ** 2)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the model's scheduler cannot be trained on: {error}") from error
+    return Model(denoiser, schedule, name, pipeline)
+
+
+def pipeline_class(name: str) -> Any:
+    """The pipeline's class by name."""
+    return getattr(importlib.import_module("diffusers"), name)
+
+
+def _sample_size(denoiser: Any) -> int:
+    size = denoiser.config.get("sample_size", _FLUX_SAMPLE_SIZE)
+    side: int = size if isinstance(size, int) else size[0]
+    return side
+
+
+def _class_in_index(config: PreferenceConfig) -> str:
+    name: str = _index(config)["_class_name"]
+    return name
+
+
+def _index(config: PreferenceConfig) -> dict[str, Any]:
+    """model_index.json."""
+    from diffusers import DiffusionPipeline
+
+    where = config.pretrained_model_name_or_path
+    if not where:
+        raise ConfigError("pretrained_model_name_or_path must be a folder or a name, got none")
+    try:
+        index: dict[str, Any] = DiffusionPipeline.load_config(where, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"pretrained_model_name_or_path {where} is no pipeline in diffusers' format: {error}"
+        ) from error
+    return index
+
+
+def _denoiser_and_scheduler(
+    config: PreferenceConfig, family: Family, options: dict[str, Any]
+) -> Any:
+    """A pipeline without its other parts."""
+    # a part that is given as None is not read
+    others = {
+        part: None
+        for part, kind in _index(config).items()
+        if isinstance(kind, (list, tuple)) and part not in (family.component, "scheduler")
+    }
+    where = config.pretrained_model_name_or_path
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(
+            where, revision=config.revision, variant=config.variant, **others, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"pretrained_model_name_or_path {where} cannot be loaded: {error}"
+        ) from error
+
+
+def _other_denoiser(where: str, kind: Any, component: str, options: dict[str, Any]) -> Any:
+    """The denoiser in a folder, in its subfolder `component`, or in that of a pipeline on the
+    hub."""
+    here = Path(where)
+    if not here.is_dir() or (here / component).is_dir():
+        options = {**options, "subfolder": component}
+    try:
+        return kind.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"unet_init {where} cannot be loaded: {error}") from error

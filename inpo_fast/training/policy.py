@@ -1,0 +1,118 @@
+"""The policy that is trained, and the reference that it is compared with.
+
+The reference is a second tree of modules. With a LoRA it shares every tensor of the policy and has
+no adapters: one copy of the weights, and nothing is switched on or off, so it is safe beside
+compiled graphs, checkpointed activations and wrappers of the policy. Trained as a whole, the policy
+is float32 and the reference a frozen copy whose matrices are in the precision of the model calls.
+Under autocast both compute from the same numbers, and at the start their outputs have the same
+bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import ConfigError
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second tree of the same modules that shares all parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def full(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """(policy, reference) where all weights are trained.
+
+    Args:
+        model: becomes the policy, in float32.
+        dtype: of the model calls.
+    """
+    model.float()
+    reference = copy.deepcopy(model).requires_grad_(False)
+    if dtype != torch.float32:
+        # What autocast would cast at every call. Norms stay: autocast computes them in float32,
+        # and from rounded weights they would differ from the policy's.
+        for module in reference.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                module.to(dtype)
+    return model.requires_grad_(True), reference
+
+
+def lora(
+    model: Any, dtype: torch.dtype, *, rank: int, alpha: float, targets: Sequence[str], seed: int
+) -> tuple[nn.Module, nn.Module]:
+    """(policy, reference) where a LoRA of float32 is trained on weights of `dtype`.
+
+    Args:
+        model: gets the adapters.
+        dtype: of the model calls and the frozen weights.
+        rank, alpha, targets: of the adapters; B is zero, so that the policy starts as the model.
+        seed: of A.
+
+    Raises:
+        ConfigError: no layer has such a name.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not any(name == t or name.endswith(f".{t}") for name in names for t in targets):
+        raise ConfigError(
+            f"lora_target_modules must name linear layers of the denoiser, got {', '.join(targets)}"
+        )
+    # not ModelMixin's own `to`, which warns of modules that there are not
+    nn.Module.to(model.requires_grad_(False), dtype)
+    reference = twin(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                init_lora_weights="gaussian",
+                target_modules=list(targets),
+            )
+        )
+    cast_training_params(model, dtype=torch.float32)
+    return model, reference
+
+
+def shard(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Spread frozen weights over the processes (FSDP2), block by block, as the policy's are."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module)
+    fully_shard(model)
+
+
+def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:
+    """Compile in place, so that no name of a weight changes.
+
+    Args:
+        mode: `full`, or `blocks`: only modules of the classes `blocks`, which share their graphs.
+
+    Raises:
+        ConfigError: there is no such block.
+    """
+    parts = [model]
+    if mode == "blocks":
+        parts = [module for module in model.modules() if type(module).__name__ in blocks]
+        if not parts:
+            raise ConfigError(f"compile=blocks needs blocks of {', '.join(blocks)}, got none")
+    # Every block has a graph for each of its shapes, with and without gradient, and all are kept
+    # with the one function that calls a module. One too many must not fall back unnoticed.
+    torch._dynamo.config.recompile_limit = 128
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for part in parts:
+        # Policy and reference are fused differently. Rounding between operators, as without
+        # compilation, they still agree; without it 16-bit outputs would differ by roundings,
+        # which β magnifies.
+        part.compile(dynamic=False, options={"emulate_precision_casts": True})

@@ -1,0 +1,79 @@
+"""The processes and the memory that a training runs in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import ConfigError, PreferenceConfig
+from .optimization import TrainingError
+
+
+def make_accelerator(config: PreferenceConfig) -> Any:
+    """Accelerate's view of the processes.
+
+    Raises:
+        ConfigError: a way of distribution that is not supported, or a precision that the device has
+            not.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+
+    # accelerate keeps precision and device of its first Accelerator; every trainer has its own
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    report = None if config.report_to == "none" else config.report_to
+    try:
+        accelerator = Accelerator(
+            cpu=config.use_cpu,
+            mixed_precision=config.mixed_precision,
+            log_with=report,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(f"mixed_precision or report_to cannot be: {error}") from error
+    kind = accelerator.distributed_type
+    plugin = accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
+    if kind == DistributedType.DEEPSPEED or (plugin is not None and plugin.fsdp_version != 2):
+        raise ConfigError(
+            "processes must share the work by DDP or FSDP2 (accelerate config: fsdp_version 2), "
+            f"got {kind.value}"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError(
+            "mixed_precision=fp16 needs an accelerator with a loss scale, or gradients vanish; use "
+            "bf16 on the CPU"
+        )
+    # what draws from torch's own generators: nothing here, but perhaps a model
+    set_seed(config.seed, device_specific=True)
+    if config.allow_tf32 and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+@contextlib.contextmanager
+def memory_advice(config: PreferenceConfig) -> Iterator[None]:
+    """Say what to lower where the device has too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = [
+            f"lower train_batch_size ({config.train_batch_size}) and raise "
+            "gradient_accumulation_steps by the same factor"
+        ]
+        if not config.gradient_checkpointing:
+            advice.append("set gradient_checkpointing")
+        if config.mixed_precision in (None, "no"):
+            advice.append("set mixed_precision=bf16")
+        if config.rank is None:
+            advice.append("train a LoRA (rank=8)")
+            if not config.use_8bit_adam and config.optimizer == "adamw":
+                advice.append("set use_8bit_adam or optimizer=adafactor")
+        advice.append("train from a cache (inpo-fast cache), which needs no encoders")
+        raise TrainingError("too little memory: " + "; or ".join(advice) + f" ({error})") from error

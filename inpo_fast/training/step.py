@@ -1,0 +1,228 @@
+"""What happens with a batch of pairs: noisy latents, model calls, loss, gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..losses import OBJECTIVES, Objective, PreferenceLoss
+from . import draws
+from .batch import PairBatch
+from .config import ConfigError, PreferenceConfig
+from .families import Conditioning
+from .inversion import SOURCES
+from .metrics import Meter, Throughput, count_flops, on_meta
+from .models import Model
+from .optimization import poison
+from .timesteps import TimestepSampler
+from .trajectory import Call, Trajectory
+
+
+@dataclass
+class Networks:
+    """Who is called.
+
+    Attributes:
+        wrapped: the policy as accelerate wraps it, for the calls that have a gradient.
+        policy: the policy itself, for those that have none.
+        reference: or None for an objective without.
+    """
+
+    wrapped: nn.Module
+    policy: nn.Module
+    reference: nn.Module | None
+
+
+class Learner:
+    """Accumulates the gradient of micro-batches.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+        model: family and noise levels.
+        networks: see `Networks`.
+        dtype: of the model calls.
+
+    Raises:
+        ConfigError: settings that the model's schedule does not allow.
+    """
+
+    def __init__(
+        self,
+        config: PreferenceConfig,
+        accelerator: Any,
+        model: Model,
+        networks: Networks,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.accelerator, self.dtype = config, accelerator, dtype
+        self.family, self.schedule, self.networks = model.family, model.schedule, networks
+        self.objective: Objective = OBJECTIVES[config.loss_type]
+        self.timesteps = _timesteps(config, self.schedule.num_steps)
+        self.meter, self.throughput = Meter(), Throughput()
+        if "alphas_cumprod" in self.objective.inputs and not self.schedule.discrete:
+            raise ConfigError(
+                f"loss_type={config.loss_type} needs a model with a table of ᾱ, got a flow model"
+            )
+        alpha = torch.tensor(self.schedule.alpha[1:])
+        self._alphas_cumprod = alpha.square().float().to(accelerator.device)
+        # made before anything is compiled or wrapped, counted when the shapes are known
+        self._structure: nn.Module | None = on_meta(networks.policy)
+        self._flops: tuple[int, int] | None = None
+
+    def learn(self, batch: PairBatch, micro: int, *, last: bool) -> None:
+        """Add the gradient of micro-batch number `micro` of the run.
+
+        Args:
+            last: whether it is the last of its optimiser step, when processes exchange gradients.
+        """
+        config = self.config
+        # SFT looks at winners only; KTO at both, but not as pairs
+        rows = 2 if self.objective.needs_pairs or "desirable" in self.objective.inputs else 1
+        clean = batch.latents[: rows * len(batch)]
+        told = Conditioning(
+            {name: torch.cat([value] * rows) for name, value in batch.text.items()},
+            None if batch.time_ids is None else batch.time_ids[: len(clean)],
+            config.guidance_scale,
+        )
+        samples = left = config.samples_per_inversion
+        path = self._path(clean, micro, rows)
+        for call in path:
+            if call.target is None:
+                with torch.no_grad():
+                    output = self._predict(self.networks.policy, call, told)
+            else:
+                left -= 1
+                with self._exchanging(last and left == 0):
+                    output = self._predict(self.networks.wrapped, call, told)
+                    result = self._loss(output, call, told, batch)
+                    loss = result.loss / (config.gradient_accumulation_steps * samples)
+                    self.accelerator.backward(loss, gradient=poison(loss))
+                self.meter.add(result.metrics())
+            self._count(call, told)
+            if not call.last:
+                path.give(output)
+
+    def _path(self, clean: Tensor, micro: int, rows: int) -> Trajectory:
+        """The way to the training samples of a micro-batch, [rows·P, …]. The pairs of all processes
+        draw their levels together, so that they share the number of steps."""
+        config, count = self.config, len(clean) // rows
+        first = self.accelerator.process_index * count
+        drawn = self.timesteps.draw(
+            count * self.accelerator.num_processes,
+            draws.generator(draws.Purpose.TIMESTEP, config.seed, micro),
+        )
+        grid = drawn.grid[:, first : first + count].tolist()
+        noise = [
+            draws.generator(draws.Purpose.NOISE, config.seed, micro, first + pair)
+            for pair in range(count)
+        ]
+        options: dict[str, dict[str, Any]] = {
+            "q_sample": {"shared": self.objective.needs_pairs},
+            "ddim": {"eta": config.inversion_eta, "train_at": drawn.train_at},
+            "bdia": {"train_at": drawn.train_at},
+            "renoise": {"eta": config.inversion_eta, "train_at": drawn.train_at},
+            "official": {"num_steps": config.inversion_steps, "dtype": self.dtype},
+        }
+        return SOURCES[config.source](
+            clean,
+            [row * rows for row in grid],
+            self.schedule,
+            generator=noise,
+            **options[config.source],
+        )
+
+    def _predict(self, model: nn.Module, call: Call, told: Conditioning) -> Tensor:
+        """A model's output at a call, [B, …] float32, computed in `dtype`."""
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.accelerator.device.type, self.dtype, enabled=enabled):
+            output = self.family.predict(model, call.latents, call.timesteps, told)
+        return output.float()
+
+    def _loss(
+        self, output: Tensor, call: Call, told: Conditioning, batch: PairBatch
+    ) -> PreferenceLoss:
+        """The objective at a training sample."""
+        reference = None
+        if self.networks.reference is not None:
+            with torch.no_grad():
+                reference = self._predict(self.networks.reference, call, told)
+        target, wanted = call.target, self.objective.inputs
+        settings: dict[str, Any] = dict(self.objective.defaults)
+        if self.config.beta is not None:
+            settings["beta"] = self.config.beta
+        if "preference" in wanted:
+            settings["preference"] = batch.label
+        elif self.config.ties == "soft":
+            settings["label_smoothing"] = 1 - batch.label
+        if "alphas_cumprod" in wanted:
+            settings["alphas_cumprod"] = self._alphas_cumprod[call.timesteps]
+        if "desirable" in wanted:
+            assert reference is not None and target is not None
+            settings["desirable"] = torch.arange(len(output), device=output.device) < len(batch)
+            # the mean over all processes, as in its script
+            with torch.no_grad():
+                errors = ops.preference_errors(output, reference, target)
+                gain = (errors.e_ref - errors.e_theta).mean()
+            settings["kl"] = self.accelerator.reduce(gain, reduction="mean").clamp(min=0)
+        return self.objective.function(output, reference, target, **settings)
+
+    def _exchanging(self, exchange: bool) -> contextlib.AbstractContextManager[None]:
+        """Whether the backward in here exchanges gradients between processes."""
+        if exchange:
+            return contextlib.nullcontext()
+        quiet: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(
+            self.networks.wrapped
+        )
+        return quiet
+
+    def _count(self, call: Call, told: Conditioning) -> None:
+        """Count a call's FLOPs, and its samples if it is trained on."""
+        if self._flops is None:
+            self._flops = self._measure(call, told)
+        trained, inverted = self._flops
+        count = len(call.latents)
+        self.throughput.flops += count * (inverted if call.target is None else trained)
+        self.throughput.samples += count if call.target is not None else 0
+
+    def _measure(self, call: Call, told: Conditioning) -> tuple[int, int]:
+        """FLOPs of a sample: trained on (policy with backward, and reference), and inverted."""
+
+        def one(value: Tensor) -> Tensor:
+            return torch.empty_like(value[:1], device="meta")
+
+        empty = Conditioning(
+            {name: one(value) for name, value in told.text.items()},
+            None if told.time_ids is None else one(told.time_ids),
+            told.guidance,
+        )
+        latents, times = one(call.latents), one(call.timesteps)
+
+        policy = self._structure
+        assert policy is not None
+        self._structure = None
+        # float32, as counting does not depend on it and meta tensors have no autocast
+        policy.float()
+        called, backward = count_flops(lambda: self.family.predict(policy, latents, times, empty))
+        return called + backward + (called if self.networks.reference else 0), called
+
+
+def _timesteps(config: PreferenceConfig, total: int) -> TimestepSampler:
+    """t uniform; one bucket where nothing is inverted, or as the official script does it."""
+    inverted = config.source not in ("q_sample", "official")
+    try:
+        return TimestepSampler(
+            total,
+            config.inversion_steps if inverted else 1,
+            samples_per_inversion=config.samples_per_inversion,
+            first_timestep=config.first_timestep,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"inversion_steps, samples_per_inversion or first_timestep cannot be: {error}"
+        ) from error

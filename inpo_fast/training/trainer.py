@@ -1,0 +1,392 @@
+"""Preference training: one loop, from pairs to weights that stock diffusers loads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..environment import versions
+from ..losses import OBJECTIVES
+from . import policy, weights
+from .artefacts import CONFIG, push, write_result
+from .checkpoint import STATE, WRITE_ERRORS, Checkpoints, read_state, rng_state, set_rng_state
+from .config import ConfigError, PreferenceConfig
+from .metrics import measured_peak
+from .models import load_model
+from .opening import open_pairs
+from .optimization import Stepper, TrainingError, make_optimizer
+from .order import BatchOrder
+from .processes import make_accelerator, memory_advice
+from .step import Learner, Networks
+from .validation import draw_images, log_images
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class PreferenceTrainer:
+    """Trains a denoiser on preference pairs.
+
+        trainer = PreferenceTrainer(PreferenceConfig(...))
+        trainer.train()
+
+    What happens in an optimiser step depends on the config, the pairs and the step's number alone:
+    batches, timesteps and noise are functions of (seed, step, pair). So a run that is killed and
+    resumed ends with the same bits, and processes see together what one process with their whole
+    batch would see.
+
+    Args:
+        config: see `PreferenceConfig`.
+        model: a loaded pipeline, whose denoiser is trained in place; None loads the config's.
+        dataset: `PairData`, or anything that `sources.open_source` takes; None takes the config's
+            `dataset_name`.
+
+    Raises:
+        ConfigError, DataError: naming the field, or what is wrong with the pairs.
+    """
+
+    def __init__(self, config: PreferenceConfig, model: Any = None, dataset: Any = None) -> None:
+        self.config = config
+        self.accelerator = accelerator = make_accelerator(config)
+        self.dtype = _DTYPES[accelerator.mixed_precision]
+        self.folder = Path(config.output_dir)
+        self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit, accelerator)
+        resume = self.checkpoints.resolve(config.resume_from_checkpoint)
+        if config.resume_from_checkpoint is None and (self.folder / CONFIG).exists():
+            raise ConfigError(
+                f"output_dir {self.folder} holds the result of another training: choose another"
+            )
+        self.model = load_model(config, model, self.dtype)
+        self.data = open_pairs(config, self.model, dataset, accelerator, self.dtype)
+        self.order = self._order()
+        micro_batches = self.order.steps_per_epoch * config.num_train_epochs
+        self.total_steps = config.max_train_steps or math.ceil(
+            micro_batches / config.gradient_accumulation_steps
+        )
+        self.step = 0
+        """Optimiser steps done."""
+        self.history: list[dict[str, float]] = []
+        """What this process logged, every `logging_steps`, each with its `step`."""
+        self._peak_flops: float | None = None
+        state = None if resume is None else self._checked(read_state(resume), resume)
+        self._build(resume)
+        if resume is not None and state is not None:
+            self._load(resume, state)
+
+    def _order(self) -> BatchOrder:
+        config = self.config
+        buckets = self.data.buckets[: config.max_train_samples]
+        try:
+            return BatchOrder(
+                buckets,
+                batch_size=config.train_batch_size,
+                seed=config.seed,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+            )
+        except ValueError as error:
+            raise ConfigError(f"train_batch_size is too large for the pairs: {error}") from error
+
+    def _build(self, resume: Path | None) -> None:
+        """Make policy, reference, optimiser and learning-rate schedule."""
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        config, accelerator = self.config, self.accelerator
+        denoiser = self.model.denoiser.to(accelerator.device)
+        if config.rank is None:
+            trained, reference = policy.full(denoiser, self.dtype)
+        else:
+            trained, reference = policy.lora(
+                denoiser,
+                self.dtype,
+                rank=config.rank,
+                alpha=config.lora_alpha or config.rank,
+                targets=config.lora_target_modules,
+                seed=config.seed,
+            )
+        # dropout off: policy and reference differ by their weights alone
+        trained.eval()
+        reference.eval()
+        if resume is not None:
+            self._load_weights(resume, trained)
+        needed = OBJECTIVES[config.loss_type].needs_reference
+        networks = Networks(trained, trained, reference if needed else None)
+        self.learner = Learner(config, accelerator, self.model, networks, self.dtype)
+        if config.gradient_checkpointing:
+            self.model.denoiser.enable_gradient_checkpointing()
+        for module in (trained, networks.reference):
+            if module is not None and config.compile != "none":
+                policy.compile_model(module, config.compile, self.model.family.blocks)
+        optimizer = make_optimizer(
+            config, [p for p in trained.parameters() if p.requires_grad], self._learning_rate()
+        )
+        networks.wrapped, prepared = accelerator.prepare(trained, optimizer)
+        # accelerate's autocast would end at the wrapper, which inversion and reference bypass
+        networks.policy = accelerator.unwrap_model(networks.wrapped, keep_fp32_wrapper=False)
+        self.policy: Any = networks.policy
+        self.optimizer: torch.optim.Optimizer = prepared.optimizer
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.sharded = any(hasattr(p, "full_tensor") for p in self.parameters)
+        if self.sharded and networks.reference is not None:
+            policy.shard(networks.reference, self.model.family.blocks)
+        self.stepper = Stepper(
+            self.optimizer, accelerator.scaler, config.max_grad_norm, sharded=self.sharded
+        )
+        self.schedule = get_scheduler(
+            config.lr_scheduler,
+            optimizer=self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=self.total_steps,
+        )
+        self.ema: Any = None
+        if config.use_ema:
+            if self.sharded:
+                raise ConfigError("use_ema needs whole weights on every process, got sharded ones")
+            self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        if not config.scale_lr:
+            return config.learning_rate
+        pairs = config.train_batch_size * config.gradient_accumulation_steps
+        processes: int = self.accelerator.num_processes
+        return config.learning_rate * pairs * processes
+
+    def train(self, advance: Callable[[], object] | None = None) -> list[dict[str, float]]:
+        """Train to the end, and write the result into `output_dir`.
+
+        Args:
+            advance: called after every optimiser step, in the place of the progress bar.
+
+        Returns:
+            `history`.
+
+        Raises:
+            TrainingError: too many steps without a finite gradient, too little memory, or a
+                checkpoint that cannot be written.
+        """
+        config = self.config
+        self._start_trackers()
+        accumulation = config.gradient_accumulation_steps
+        batches = self.data.loader(
+            self.order,
+            start=self.step * accumulation,
+            proportion_empty_prompts=config.proportion_empty_prompts,
+            num_workers=config.dataloader_num_workers,
+            device=self.accelerator.device,
+        )
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="Steps",
+            disable=advance is not None or not self.accelerator.is_local_main_process,
+        )
+        with bar, memory_advice(config):
+            while self.step < self.total_steps:
+                for part in range(accumulation):
+                    batch = next(batches)
+                    self._check_channels(batch.latents)
+                    micro = self.step * accumulation + part
+                    self.learner.learn(batch, micro, last=part == accumulation - 1)
+                self.learner.meter.add({"grad_norm": self.stepper.step()})
+                rate = self.schedule.get_last_lr()[0]
+                self.schedule.step()
+                if self.ema is not None:
+                    self.ema.step(self.parameters)
+                self.step += 1
+                (advance or bar.update)()
+                if self._due(config.logging_steps):
+                    values = self._log(rate)
+                    bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{rate:.1e}")
+                with self.learner.throughput.paused():
+                    if self.step % config.checkpointing_steps == 0:
+                        self.save_checkpoint()
+                    if config.validation_prompts and self._due(config.validation_steps):
+                        self._validate()
+        self.save()
+        # not end_training, which takes the process group from whatever this process does next
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        return self.history
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.total_steps
+
+    def _check_channels(self, latents: Tensor) -> None:
+        wanted = self.model.latent_channels
+        if latents.shape[1] != wanted:
+            raise ConfigError(
+                f"the denoiser takes latents of {wanted} channels, got pairs with "
+                f"{latents.shape[1]}: they were encoded for another model family"
+            )
+
+    def _log(self, rate: float) -> dict[str, float]:
+        """Read the metrics of the interval, the one place where the host waits for the device."""
+        config, learner = self.config, self.learner
+        processes = self.accelerator.num_processes
+        values = learner.meter.read(lambda x: self.accelerator.reduce(x, reduction="mean"))
+        speed = learner.throughput.look(self._peak())
+        values |= {
+            "lr": rate,
+            "skipped_steps": self.stepper.check(config.max_nonfinite_steps),
+            "samples_per_second": speed.pop("samples_per_second") * processes,
+            **speed,
+        }
+        self.history.append({"step": self.step, **values})
+        self.accelerator.log(values, step=self.step)
+        return values
+
+    def _peak(self) -> float:
+        """FLOP/s of this device in the dtype of the model calls, measured once."""
+        if self._peak_flops is None:
+            with self.learner.throughput.paused():
+                self._peak_flops = measured_peak(self.accelerator.device, self.dtype)
+        return self._peak_flops
+
+    def _start_trackers(self) -> None:
+        if not self.accelerator.log_with:
+            return
+        settings = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in self.config.to_dict().items()
+        }
+        self.accelerator.init_trackers(self.config.tracker_name, config=settings)
+
+    def _validate(self) -> None:
+        with self._averaged():
+            images = draw_images(self.config, self.model, self.policy, self.dtype)
+        log_images(self.accelerator, self.config, images, self.step)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The policy has its averaged weights, where there are any."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def save(self) -> None:
+        """Write the weights (or their average), the config and the model card; all processes must
+        call it."""
+        with self._averaged():
+            state = weights.full_state(self.policy)
+            if self.accelerator.is_main_process:
+                try:
+                    write_result(
+                        self.folder,
+                        self.config,
+                        self.model,
+                        self.step,
+                        lambda folder: self._save_weights(folder, state),
+                    )
+                except WRITE_ERRORS as error:
+                    raise TrainingError(
+                        f"the result cannot be written to {self.folder} ({error}): free disk space "
+                        f"and call save() again, or run with resume_from_checkpoint=latest"
+                    ) from error
+                if self.config.push_to_hub:
+                    push(self.folder, self.config)
+        self.accelerator.wait_for_everyone()
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-<step>`; all processes must call it.
+
+        Raises:
+            TrainingError: it cannot be written. The checkpoints before it stay.
+        """
+        state = weights.full_state(self.policy)
+        optimizer = weights.optimizer_state(self.policy, self.optimizer, sharded=self.sharded)
+        trainer = {
+            "step": self.step,
+            "config": self.config.to_dict(),
+            "data": self._data_identity(),
+            "stepper": self.stepper.state(),
+            "versions": versions(),
+        }
+
+        def write(folder: Path) -> None:
+            torch.save(rng_state(), folder / f"random_states_{self.accelerator.process_index}.pkl")
+            if not self.accelerator.is_main_process:
+                return
+            self._save_weights(folder, state)
+            torch.save(optimizer, folder / "optimizer.bin")
+            torch.save(self.schedule.state_dict(), folder / "scheduler.bin")
+            if self.accelerator.scaler is not None:
+                torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
+            if self.ema is not None:
+                torch.save(self.ema.state_dict(), folder / "ema.bin")
+            (folder / STATE).write_text(json.dumps(trainer, indent=1) + "\n")
+
+        self.checkpoints.save(self.step, write)
+
+    def _save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
+        component = self.model.family.component
+        if self.config.rank is None:
+            weights.save_denoiser(folder / component, self.policy, state)
+        else:
+            weights.save_lora(folder, self.model.pipeline, component, self.policy, state)
+
+    def _load_weights(self, folder: Path, trained: nn.Module) -> None:
+        component = self.model.family.component
+        if self.config.rank is None:
+            weights.load_denoiser(folder / component, trained)
+        else:
+            weights.load_lora(folder, self.model.pipeline, component, trained)
+
+    def _data_identity(self) -> dict[str, int]:
+        return {
+            "pairs": len(self.data.buckets[: self.config.max_train_samples]),
+            "micro_batches_of_an_epoch": self.order.steps_per_epoch,
+            "processes": self.accelerator.num_processes,
+        }
+
+    def _checked(self, state: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """A checkpoint's state, if it is of this run.
+
+        Raises:
+            ConfigError: naming what differs.
+        """
+        lines = self.config.differences(state["config"])
+        lines += [
+            f"{name}: the checkpoint has {state['data'].get(name)}, this run {value}"
+            for name, value in self._data_identity().items()
+            if state["data"].get(name) != value
+        ]
+        if lines:
+            raise ConfigError(
+                f"the checkpoint {folder} is of another run; restore these or begin a new "
+                f"output_dir:\n  " + "\n  ".join(lines)
+            )
+        return state
+
+    def _load(self, folder: Path, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint was written; its weights are loaded before."""
+
+        def read(name: str) -> Any:
+            return torch.load(folder / name, map_location="cpu", weights_only=True)
+
+        weights.load_optimizer_state(
+            self.policy, self.optimizer, read("optimizer.bin"), sharded=self.sharded
+        )
+        self.schedule.load_state_dict(read("scheduler.bin"))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(read("scaler.pt"))
+        if self.ema is not None:
+            self.ema.load_state_dict(read("ema.bin"))
+            self.ema.to(self.accelerator.device)
+        self.stepper.load(state["stepper"])
+        self.step = int(state["step"])
+        set_rng_state(read(f"random_states_{self.accelerator.process_index}.pkl"))

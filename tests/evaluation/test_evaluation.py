@@ -1,0 +1,214 @@
+"""Win rates, their intervals, scorers, and the command."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from inpo_fast import evaluation, shipped
+from inpo_fast.cli import main
+from inpo_fast.evaluation import scorers
+from inpo_fast.evaluation.compare import Comparison
+
+PROMPTS = shipped.held_out_prompts(2)
+
+
+def test_wilson_intervals_of_the_literature():
+    """Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for wins, trials, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        found = evaluation.wilson(wins, trials)
+        assert found.low == pytest.approx(low, abs=5e-5)
+        assert found.high == pytest.approx(high, abs=5e-5)
+    with pytest.raises(ValueError, match="wins must be in 0 … trials"):
+        evaluation.wilson(3, 2)
+
+
+def test_the_bootstrap_resamples_prompts_not_images():
+    """Equal images of a prompt add no certainty: the interval is that of the prompts."""
+    once = np.random.default_rng(0).normal(size=(400, 1))
+    low, high = evaluation.bootstrap(once)
+    # a mean of 400: deviation s/20, and the interval is ± 1.96 of them
+    expected = 1.96 * once.std(ddof=1) / 20
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.05)
+    assert evaluation.bootstrap(np.repeat(once, 8, axis=1)) == pytest.approx((low, high))
+    with pytest.raises(ValueError, match="not empty"):
+        evaluation.bootstrap(once[:0])
+
+
+def test_wins_ties_and_differences():
+    mine = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    theirs = torch.tensor([[0.0, 2.0], [4.0, -1.0]])
+    found = Comparison.of("s", mine, theirs)
+    assert (found.win_rate, found.ties, found.difference) == (2.5 / 4, 1, 0.25)
+    assert found.wilson_95 == evaluation.wilson(2.5, 4)
+    assert "62.5%" in found.text()
+    mirrored = Comparison.of("s", theirs, mine)
+    assert mirrored.win_rate == 1 - found.win_rate
+    with pytest.raises(ValueError, match="for the baseline must be finite"):
+        Comparison.of("s", mine, theirs * math.nan)
+
+
+def test_the_reader_scores_attributes():
+    prompts = shipped.held_out_prompts(3)
+    images = (shipped.render([shipped.parse(p) for p in prompts]) + 1) / 2
+    scorer = evaluation.make_scorer("attributes")
+    assert scorer(images, prompts).tolist() == [1, 1, 1]
+    assert scorer(images, prompts[1:] + prompts[:1]).max() < 1
+
+
+def test_jpeg_sizes_grow_with_detail():
+    smooth, noise = torch.zeros(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    sizes = evaluation.make_scorer("jpeg-size")(torch.cat([smooth, noise]), ["", ""])
+    assert 100 < sizes[0] < sizes[1]
+
+
+@pytest.fixture
+def clip(monkeypatch):
+    """A CLIP with random weights in the place of the downloaded ones, and pixels as they are."""
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.CLIPConfig(
+        text_config={**small, "num_attention_heads": 2, "vocab_size": 300, "eos_token_id": 2},
+        vision_config={**small, "num_attention_heads": 2, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    model = transformers.CLIPModel(config)
+
+    def prepare(text, images, **_):
+        ids = torch.tensor([[min(ord(c), 299) for c in t[:3].ljust(3)] for t in text])
+        pixels = torch.stack([torch.from_numpy(np.array(i)) for i in images]).permute(0, 3, 1, 2)
+        return transformers.BatchEncoding({"input_ids": ids, "pixel_values": pixels / 255})
+
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", lambda _: model)
+    monkeypatch.setattr(transformers.CLIPProcessor, "from_pretrained", lambda _: prepare)
+    return model, prepare
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore"])
+def test_clip_scores_are_cosines(clip, name):
+    model, prepare = clip
+    images = torch.rand(3, 3, 32, 32)
+    prompts = ["abc", "xyz", "a b"]
+    found = evaluation.make_scorer(name)(images, prompts)
+    output = model(**prepare(prompts, scorers._pictures(images)))
+    cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds)
+    expected = 100 * (cosine.clamp(min=0) if name == "clip" else cosine)
+    assert torch.allclose(found, expected.detach(), atol=1e-4)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    import transformers
+
+    with pytest.raises(ValueError, match="scorer must be one of attributes, "):
+        evaluation.make_scorer("taste")
+    for name, package in (("hpsv2", "hpsv2"), ("aesthetic", "simple-aesthetics-predictor")):
+        with pytest.raises(evaluation.ScorerError, match=f"pip install {package}"):
+            evaluation.make_scorer(name)
+
+    def absent(_):
+        raise OSError("not cached")
+
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", absent)
+    with pytest.raises(evaluation.ScorerError, match="hf download yuvalkirstain/PickScore_v1"):
+        evaluation.make_scorer("pickscore")
+
+
+def test_equal_models_tie_everywhere():
+    settings = evaluation.Settings(
+        ("a large red circle", "a small blue square"), (3, 4), steps=2, batch_size=3
+    )
+    scorer = {"jpeg-size": evaluation.make_scorer("jpeg-size")}
+    (found,), schedulers = evaluation.compare(
+        shipped.load_pipeline, shipped.load_pipeline, settings, scorer
+    )
+    assert (found.win_rate, found.ties, found.difference) == (0.5, 4, 0)
+    assert len({score for row in found.candidate for score in row}) > 1
+    assert schedulers["candidate"]["class"] == schedulers["baseline"]["class"]
+
+
+def test_an_image_depends_on_its_seed_alone():
+    seen = {}
+
+    def keep(name, prompt, seed, image):
+        seen.setdefault((prompt, seed), []).append(image)
+
+    for batch in (1, 4):
+        settings = evaluation.Settings(("a large red circle",), (0, 1), steps=1, batch_size=batch)
+        evaluation.compare(shipped.load_pipeline, shipped.load_pipeline, settings, {}, keep=keep)
+    assert seen.keys() == {(0, 0), (0, 1)}
+    for images in seen.values():
+        # another batch size rounds differently, as the sampler's docs say
+        assert all(torch.allclose(image, images[0], atol=1e-3) for image in images)
+    assert not torch.allclose(seen[0, 0][0], seen[0, 1][0], atol=1e-2)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder as a full training leaves it, with a moved denoiser."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(shipped.model_path(), subfolder="unet")
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.5)
+    unet.save_pretrained(tmp_path / "trained" / "unet")
+    return tmp_path / "trained"
+
+
+def run(tmp_path, candidate, *more):
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS))
+    return main(
+        [
+            *("eval", str(candidate), "--prompts", str(tmp_path / "prompts.txt")),
+            *("--pretrained_model_name_or_path", str(shipped.model_path())),
+            *("--scorer", "attributes", "jpeg-size", "--json", str(tmp_path / "eval.json")),
+            *("--num_seeds", "2", "--num_inference_steps", "2", "--device", "cpu"),
+            *("--images", str(tmp_path / "images"), *more),
+        ]
+    )
+
+
+def test_the_command_pins_everything(tmp_path, trained, capsys):
+    assert run(tmp_path, trained) == 0
+    assert "attributes: the candidate wins" in capsys.readouterr().out
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["settings"]["prompts"] == PROMPTS
+    assert found["settings"]["seeds"] == [0, 1]
+    assert found["versions"]["diffusers"]
+    assert [c["scorer"] for c in found["comparisons"]] == ["attributes", "jpeg-size"]
+    assert found["comparisons"][1]["ties"] < 4
+    candidate, baseline = (found["models"][name] for name in ("candidate", "baseline"))
+    assert candidate["scheduler"] == baseline["scheduler"]
+    extra = candidate["sha256"].keys() - baseline["sha256"].keys()
+    assert extra == {"trained/unet/diffusion_pytorch_model.safetensors"}
+    assert all(len(digest) == 64 for digest in candidate["sha256"].values())
+    from PIL import Image
+
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["00000-0.png", "00000-1.png", "00001-0.png", "00001-1.png"]
+    assert Image.open(tmp_path / "images" / names[0]).size == (128, 64)
+
+
+def test_the_command_refuses_what_is_no_model(tmp_path, trained, capsys):
+    shutil.rmtree(trained / "unet")
+    assert run(tmp_path, trained) == 1
+    assert "must hold pytorch_lora_weights.safetensors, unet/" in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be():
+    for change, message in (
+        ({"prompts": ()}, "must not be empty"),
+        ({"seeds": (1, 1)}, "seeds must differ"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluation.Settings(**{"prompts": ("a",), **change})

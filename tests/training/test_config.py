@@ -1,0 +1,127 @@
+"""The configuration: what it refuses, and the flags made from it."""
+
+import argparse
+import dataclasses
+import sys
+
+import pytest
+
+from inpo_fast.cli import main
+from inpo_fast.training.config import ConfigError, PreferenceConfig
+
+
+def parsed(*flags):
+    parser = argparse.ArgumentParser()
+    PreferenceConfig.add_arguments(parser)
+    arguments = parser.parse_args(["--pretrained_model_name_or_path", "model", *flags])
+    return PreferenceConfig.from_arguments(arguments)
+
+
+def test_flags_without_values_are_the_defaults():
+    assert parsed() == PreferenceConfig(pretrained_model_name_or_path="model")
+
+
+def test_flags_have_diffusers_names_and_types():
+    config = parsed(
+        *("--train_batch_size", "8", "--learning_rate", "1e-8", "--scale_lr"),
+        *("--lora_target_modules", "to_k", "to_v", "--max_grad_norm", "inf"),
+        *("--mixed_precision", "bf16", "--beta_dpo", "5000", "--validation_prompts", "a b", "c"),
+        *("--rank", "8", "--lr_scheduler", "cosine", "--gradient_checkpointing"),
+    )
+    assert config == PreferenceConfig(
+        pretrained_model_name_or_path="model",
+        train_batch_size=8,
+        learning_rate=1e-8,
+        scale_lr=True,
+        lora_target_modules=("to_k", "to_v"),
+        max_grad_norm=float("inf"),
+        mixed_precision="bf16",
+        beta_dpo=5000.0,
+        validation_prompts=("a b", "c"),
+        rank=8,
+        lr_scheduler="cosine",
+        gradient_checkpointing=True,
+    )
+
+
+def test_every_field_has_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(PreferenceConfig):
+        assert f"--{field.name}" in shown
+        assert len(field.metadata["help"]) > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_batch_size": 0}, "train_batch_size must be at least 1, got 0"),
+        ({"train_batch_size": 2.5}, "train_batch_size must be of type <class 'int'>, got 2.5"),
+        ({"seed": True}, "seed must be of type"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, fp16, bf16, got 'fp8'"),
+        ({"loss_type": "ppo"}, "loss_type must be one of inpo, .*got 'ppo'"),
+        ({"latents": "magic"}, "latents must be one of q_sample, .*got 'magic'"),
+        ({"proportion_empty_prompts": 1.5}, "proportion_empty_prompts must be in .0, 1., got 1.5"),
+        ({"use_8bit_adam": True, "optimizer": "adafactor"}, "use_8bit_adam needs optimizer=adamw"),
+        ({"ties": "soft", "loss_type": "ipo"}, "ties=soft needs a loss_type .*inpo, dpo, smpo"),
+        ({"loss_type": "sft", "beta_dpo": 1.0}, "loss_type=sft has no beta_dpo"),
+        ({"samples_per_inversion": 2, "latents": "q_sample"}, "samples_per_inversion must be 1"),
+        ({"inversion_eta": 0.1, "latents": "bdia"}, "inversion_eta needs latents=ddim"),
+        ({"lora_alpha": 4.0}, "lora_alpha and output_kohya_format need a rank"),
+        ({"output_kohya_format": True}, "lora_alpha and output_kohya_format need a rank"),
+        ({"report_to": "wandb", "hub_model_id": 3}, "hub_model_id must be of type"),
+    ],
+)
+def test_a_setting_that_cannot_be(change, message):
+    with pytest.raises(ConfigError, match=message):
+        PreferenceConfig(**change)
+
+
+def test_eight_bit_adam_says_what_to_install(monkeypatch):
+    import torch
+
+    from inpo_fast.training.optimization import make_optimizer
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        make_optimizer(PreferenceConfig(use_8bit_adam=True), [parameter], 1e-3)
+
+
+def test_what_may_change_when_a_run_is_resumed():
+    before = PreferenceConfig(validation_prompts=("a",)).to_dict()
+    after = PreferenceConfig(logging_steps=3, checkpoints_total_limit=2, validation_prompts=("b",))
+    assert after.differences(before) == []
+    lines = PreferenceConfig(learning_rate=1e-3, rank=4).differences(before)
+    assert lines == [
+        "rank: the checkpoint has None, this run 4",
+        "learning_rate: the checkpoint has 1e-05, this run 0.001",
+    ]
+
+
+def test_the_command_line_reports_an_error_in_one_line(capsys, tmp_path):
+    status = main(
+        ["train", "--pretrained_model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path)]
+    )
+    assert status == 1
+    assert capsys.readouterr().err.startswith("inpo-fast train: pretrained_model_name_or_path")
+
+
+def test_a_missing_column_is_named(capsys, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from inpo_fast.shipped import model_path
+
+    pq.write_table(pa.table({"jpg_0": [b""], "caption": ["a"]}), tmp_path / "pairs.parquet")
+    status = main(
+        [
+            *("train", "--pretrained_model_name_or_path", str(model_path())),
+            *("--dataset_name", str(tmp_path / "pairs.parquet"), "--output_dir", str(tmp_path)),
+        ]
+    )
+    assert status == 1
+    assert "missing: jpg_1, label_0" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""Two processes that share the pairs are one process with all of them: DDP and FSDP2, over gloo."""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from inpo_fast.training import step as training_step
+from inpo_fast.training.config import ConfigError
+from inpo_fast.training.weights import LORA
+
+from . import tiny, two_processes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("processes")
+    tiny.save_pipeline(root / "model")
+    return root
+
+
+@pytest.fixture(scope="module")
+def launched(folder):
+    """Run `two_processes` once for a kind."""
+
+    @cache
+    def launch(kind):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc_per_node", "2", "-m", "tests.training.two_processes"),
+                *(str(folder), "2", kind),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return launch
+
+
+CASES = {
+    "full": {},
+    "lora": {"rank": 2},
+    "noised": {"latents": "q_sample"},
+    "kto": {"loss_type": "kto"},
+}
+
+
+PAIRED = [("ddp", case) for case in CASES] + [("fsdp", "full"), ("fsdp", "lora")]
+
+
+@pytest.mark.parametrize(("kind", "case"), PAIRED)
+def test_two_processes_are_one_with_twice_the_pairs(folder, launched, kind, case, monkeypatch):
+    launched(kind)
+    monkeypatch.setattr(training_step, "count_flops", lambda _: (1, 2))
+    together = folder / f"{case}-one-{kind}"
+    two_processes.train(folder, together.name, 4, **CASES[case])
+    one = torch.load(together.with_suffix(".pt"))
+    two = torch.load(folder / f"{case}-{kind}-2.pt")
+    assert one["gradients"].keys() == two["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        # both sum the same float32 terms in another order; β makes them large, not inexact
+        error = (gradient - two["gradients"][name]).norm()
+        assert error <= 1e-5 * max(gradient.norm(), 1e-3 * _norm(one["gradients"]))
+    first, other = one["history"][0], two["history"][0]
+    for key in ("loss", "policy_winner", "policy_loser", "reference_winner", "reference_loser"):
+        if key in first:
+            assert other[key] == pytest.approx(first[key], rel=1e-6)
+    assert other["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_resume_with_the_same_bits(folder, launched, kind):
+    launched(kind)
+    for name in (LORA, f"checkpoint-2/{LORA}"):
+        whole, again = (load_file(folder / f"{run}-{kind}-2" / name) for run in ("lora", "again"))
+        assert whole.keys() == again.keys()
+        assert all(torch.equal(again[key], value) for key, value in whole.items())
+    ranks = sorted(path.name for path in (folder / f"lora-{kind}-2/checkpoint-2").glob("random*"))
+    assert ranks == ["random_states_0.pkl", "random_states_1.pkl"]
+
+
+def _norm(gradients):
+    return torch.stack([g.norm() for g in gradients.values()]).norm()
+
+
+def test_one_process_refuses_the_checkpoint_of_two(folder, launched):
+    launched("ddp")
+    copy = folder / "of-two"
+    shutil.copytree(folder / "lora-ddp-2" / "checkpoint-1", copy / "checkpoint-1")
+    with pytest.raises(ConfigError, match="processes: the checkpoint has 2, this run 1"):
+        two_processes.train(folder, copy.name, 2, rank=2, resume_from_checkpoint="latest")

@@ -1,0 +1,206 @@
+"""Checkpoints: complete or absent, and enough to end with the bits of a run that went through."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+
+from inpo_fast.training import checkpoint
+from inpo_fast.training.config import ConfigError
+from inpo_fast.training.optimization import TrainingError
+from inpo_fast.training.trainer import PreferenceTrainer
+
+from . import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def uncounted(monkeypatch):
+    monkeypatch.setattr("inpo_fast.training.step.count_flops", lambda _: (1, 2))
+
+
+def trainer(model, output, **changes):
+    defaults = {"inversion_steps": 2, "checkpointing_steps": 2, "max_train_steps": 4}
+    return PreferenceTrainer(
+        tiny.config(model, output, **{**defaults, **changes}), dataset=tiny.pairs()
+    )
+
+
+def test_ten_kills_change_no_bit(tmp_path):
+    tiny.save_pipeline(tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.killed", str(tmp_path), "10"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, runs = map(int, done.stdout.split())
+    assert kills == 10
+    written = "unet/diffusion_pytorch_model.safetensors"
+    files = [written, f"checkpoint-14/{written}"]
+    for run in range(runs):
+        folder = tmp_path / f"killed-{run}"
+        for name in files:
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert sorted(f.name for f in folder.glob("checkpoint-*")) == [
+            "checkpoint-12",
+            "checkpoint-14",
+        ]
+        ours, theirs = (
+            torch.load(where / "checkpoint-14" / "optimizer.bin")
+            for where in (folder, tmp_path / "whole")
+        )
+        assert all(
+            torch.equal(ours["state"][k][name], value)
+            for k, state in theirs["state"].items()
+            for name, value in state.items()
+        )
+
+
+@pytest.mark.parametrize("changes", [{"rank": 2}, {"optimizer": "adafactor"}])
+def test_a_resumed_run_ends_with_the_same_bits(model, tmp_path, changes):
+    whole = trainer(model, tmp_path / "whole", **changes)
+    logged = whole.train()
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = trainer(model, tmp_path / "resumed", resume_from_checkpoint="latest", **changes)
+    assert resumed.step == 2
+    again = resumed.train()
+    same = ("loss", "margin_mean", "grad_norm", "lr")
+    assert [[row[k] for k in same] for row in again] == [
+        [row[k] for k in same] for row in logged[2:]
+    ]
+    mine = resumed.policy.state_dict()
+    assert all(torch.equal(mine[k], v) for k, v in whole.policy.state_dict().items())
+
+
+def test_a_checkpoint_holds_what_users_look_for(model, tmp_path):
+    trainer(model, tmp_path / "full").train()
+    names = {path.name for path in (tmp_path / "full" / "checkpoint-2").iterdir()}
+    kept = {"optimizer.bin", "scheduler.bin", "random_states_0.pkl", "trainer_state.json"}
+    assert names == kept | {"unet"}
+    from diffusers import UNet2DConditionModel
+
+    UNet2DConditionModel.from_pretrained(tmp_path / "full" / "checkpoint-2", subfolder="unet")
+    trainer(model, tmp_path / "lora", rank=2).train()
+    names = {path.name for path in (tmp_path / "lora" / "checkpoint-2").iterdir()}
+    assert names == kept | {"pytorch_lora_weights.safetensors"}
+
+
+def test_the_oldest_checkpoints_go(model, tmp_path):
+    trainer(model, tmp_path, checkpointing_steps=1, checkpoints_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+
+
+def test_a_checkpoint_of_another_configuration(model, tmp_path):
+    trainer(model, tmp_path).train()
+    with pytest.raises(ConfigError, match=r"seed: the checkpoint has 0, this run 1") as caught:
+        trainer(model, tmp_path, resume_from_checkpoint="latest", seed=1, beta_dpo=3.0)
+    assert "beta_dpo: the checkpoint has None, this run 3.0" in str(caught.value)
+    other = trainer(model, tmp_path, resume_from_checkpoint="latest", logging_steps=3)
+    assert other.step == 4
+    with pytest.raises(ConfigError, match="pairs: the checkpoint has 12, this run 14"):
+        PreferenceTrainer(other.config, dataset=tiny.pairs(14))
+
+
+def test_checkpoints_are_not_overwritten_by_a_new_run(model, tmp_path):
+    trainer(model, tmp_path).train()
+    with pytest.raises(ConfigError, match=r"has checkpoints up to step 4: set resume_from"):
+        trainer(model, tmp_path)
+
+
+def test_resuming_from_what_is_not_there(model, tmp_path):
+    assert trainer(model, tmp_path, resume_from_checkpoint="latest").step == 0
+    with pytest.raises(ConfigError, match="resume_from_checkpoint must be latest or a folder"):
+        trainer(model, tmp_path, resume_from_checkpoint="checkpoint-7")
+
+
+def test_a_result_is_not_overwritten_by_a_new_run(model, tmp_path):
+    trainer(model, tmp_path, checkpointing_steps=100).train()
+    with pytest.raises(ConfigError, match="holds the result of another training"):
+        trainer(model, tmp_path)
+
+
+def test_a_full_disk_at_the_end_can_be_mended(model, tmp_path, monkeypatch):
+    run = trainer(model, tmp_path, rank=2)
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr("inpo_fast.training.weights.save_lora", full)
+    with pytest.raises(TrainingError, match=r"step 2 cannot be written .*No space.*; none before"):
+        run.train()
+    monkeypatch.setattr("inpo_fast.training.trainer.PreferenceTrainer.save_checkpoint", vars)
+    with pytest.raises(TrainingError, match=r"the result cannot be written .*No space.* save\(\)"):
+        run.train()
+    assert not any(tmp_path.glob("*.safetensors")) and not any(tmp_path.glob(".result*"))
+    monkeypatch.undo()
+    run.save()
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "trainer_state.json"])
+def test_a_full_disk_leaves_the_checkpoint_before(model, tmp_path, monkeypatch, name):
+    """Real writes fail: of a file that torch writes, and of one that Python writes."""
+    whole = trainer(model, tmp_path / "whole")
+    whole.train()
+
+    run = trainer(model, tmp_path / "full")
+    real = checkpoint.Checkpoints.save
+
+    def save(self, step, write):
+        def limited(folder):
+            if step == 4:
+                (folder / name).symlink_to("/dev/full")
+            write(folder)
+
+        real(self, step, limited)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    with pytest.raises(TrainingError, match=r"step 4 cannot .* step 2 is untouched: free"):
+        run.train()
+    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["checkpoint-2"]
+    monkeypatch.undo()
+    resumed = trainer(model, tmp_path / "full", resume_from_checkpoint="latest")
+    resumed.train()
+    mine = resumed.policy.state_dict()
+    assert all(torch.equal(mine[k], v) for k, v in whole.policy.state_dict().items())
+
+
+def test_a_broken_checkpoint(model, tmp_path):
+    trainer(model, tmp_path).train()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{")
+    with pytest.raises(ConfigError, match="checkpoint-4 cannot be read"):
+        trainer(model, tmp_path, resume_from_checkpoint="latest")
+
+
+def test_dev_full_is_a_full_disk():
+    with pytest.raises(OSError) as caught:
+        Path("/dev/full").write_text("x" * 10)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_the_state_names_what_made_it(model, tmp_path):
+    trainer(model, tmp_path).train()
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["step"] == 4
+    assert state["config"]["loss_type"] == "inpo"
+    assert state["versions"]["torch"] == torch.__version__

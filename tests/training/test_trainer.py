@@ -1,0 +1,483 @@
+"""Training end to end on tiny models: what is learnt, what is kept, what is written."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from inpo_fast.training import policy
+from inpo_fast.training.batch import PairBatch
+from inpo_fast.training.config import ConfigError
+from inpo_fast.training.inversion import SOURCES
+from inpo_fast.training.optimization import TrainingError
+from inpo_fast.training.pairs import DataError
+from inpo_fast.training.trainer import PreferenceTrainer
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def uncounted(request, monkeypatch):
+    """Counting FLOPs takes longer than the training here."""
+    if "family" not in request.fixturenames:
+        monkeypatch.setattr("inpo_fast.training.step.count_flops", lambda _: (1, 2))
+
+
+def trainer(model, output, data=None, **changes):
+    return PreferenceTrainer(tiny.config(model, output, **changes), dataset=data or tiny.pairs())
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_policy_starts_as_the_reference_to_the_bit(model, tmp_path, rank, precision):
+    run = trainer(model, tmp_path, rank=rank, mixed_precision=precision, max_train_steps=1)
+    (first,) = run.train()
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["accuracy"] == 0.5
+    assert first["margin_mean"] == first["margin_std"] == 0
+    assert first["policy_winner"] == first["reference_winner"] > 0
+    assert first["policy_loser"] == first["reference_loser"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [tiny.unet, tiny.unet_xl])
+def test_policy_and_reference_compute_from_the_same_numbers(make, dtype):
+    """In every 16-bit type, although a wholly trained policy has float32 weights."""
+    noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, tiny.TEXT, tiny.WIDTH)
+    added = {"text_embeds": text[:, 0], "time_ids": torch.full((2, 6), 64.0)}
+    lora = {"rank": 2, "alpha": 2, "targets": ("to_q", "to_out.0"), "seed": 0}
+    for pair in (policy.full(make(), dtype), policy.lora(make(), dtype, **lora)):
+        with torch.autocast("cpu", dtype), torch.no_grad():
+            ours, theirs = (
+                module(noise, torch.tensor([3, 700]), text, added_cond_kwargs=added).sample
+                for module in pair
+            )
+        assert ours.dtype == dtype
+        assert torch.equal(ours, theirs)
+    trained, frozen = policy.full(make(), dtype)
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    # matrices are 16-bit; what is left are norms, which autocast computes in float32
+    wide = sum(p.numel() for p in frozen.parameters() if p.dtype == torch.float32)
+    assert wide < sum(p.numel() for p in frozen.parameters()) / 10
+
+
+def test_half_precision_needs_a_loss_scale(model, tmp_path):
+    with pytest.raises(ConfigError, match=r"mixed_precision=fp16 needs an accelerator .*bf16"):
+        trainer(model, tmp_path, mixed_precision="fp16", use_cpu=True)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_training_learns_the_preference_and_leaves_the_reference(model, tmp_path, rank):
+    run = trainer(
+        model,
+        tmp_path,
+        rank=rank,
+        loss_type="dpo",
+        beta_dpo=100.0,
+        max_train_steps=40,
+        train_batch_size=6,
+        learning_rate=3e-3 if rank is None else 3e-2,
+    )
+    before = weights(run.learner.networks.reference)
+    history = run.train()
+    assert sum(row["loss"] for row in history[-5:]) / 5 < 0.6
+    assert sum(row["accuracy"] for row in history[-5:]) / 5 > 0.75
+    after = weights(run.learner.networks.reference)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_lora_holds_the_denoiser_once(model, tmp_path):
+    run = trainer(model, tmp_path, rank=2)
+    networks = run.learner.networks
+    base = sum(p.numel() for p in tiny.unet().parameters())
+    adapters = sum(p.numel() for p in run.parameters)
+    tensors = [*networks.policy.parameters(), *networks.reference.parameters()]
+    held = {tensor.data_ptr(): tensor.numel() for tensor in tensors}
+    assert sum(held.values()) == base + adapters
+    assert 0 < adapters < base / 4
+    # and it computes what the base computes, to the bit, whatever the adapters are
+    run.train()
+    noise = torch.randn(2, 4, 8, 8)
+    text = torch.randn(2, tiny.TEXT, tiny.WIDTH)
+    from_disk = tiny.unet().eval()(noise, torch.tensor([3, 700]), text).sample
+    assert torch.equal(networks.reference(noise, torch.tensor([3, 700]), text).sample, from_disk)
+    assert not torch.equal(networks.policy(noise, torch.tensor([3, 700]), text).sample, from_disk)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_trains_by_lora(tmp_path, family):
+    folder = tiny.save_pipeline(tmp_path / "model", family)
+    run = trainer(
+        folder,
+        tmp_path / "out",
+        tiny.pairs(xl=family == "StableDiffusionXLPipeline"),
+        rank=2,
+        max_train_steps=2,
+        inversion_steps=2,
+        learning_rate=1e-2,
+    )
+    history = run.train()
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[0]["margin_mean"] == 0
+    assert history[1]["margin_mean"] != 0
+    assert history[1]["mfu"] > 0
+    component, _ = tiny.FAMILIES[family]
+    pipe = tiny.load_pipeline(folder)
+    pipe.load_lora_weights(tmp_path / "out")
+    loaded = getattr(pipe, component)
+    (name,) = loaded.peft_config
+    assert loaded.peft_config[name].r == 2
+    theirs = {k.replace(f".{name}.", ".default."): v for k, v in loaded.state_dict().items()}
+    mine = run.policy.state_dict()
+    assert theirs.keys() == mine.keys()
+    assert all(torch.equal(theirs[name], value) for name, value in mine.items())
+
+
+@pytest.mark.parametrize("family", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_a_trained_denoiser_loads_in_diffusers(tmp_path, family):
+    from diffusers import UNet2DConditionModel
+
+    folder = tiny.save_pipeline(tmp_path / "model", family)
+    run = trainer(folder, tmp_path / "out", tiny.pairs(xl=family != "StableDiffusionPipeline"))
+    run.train()
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet").state_dict()
+    mine = run.policy.state_dict()
+    assert loaded.keys() == mine.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in mine.items())
+    base = tiny.FAMILIES[family][1]().state_dict()
+    assert any(not torch.equal(base[name], value) for name, value in mine.items())
+
+
+def test_the_result_tells_how_it_was_made(model, tmp_path):
+    trainer(model, tmp_path / "aligned", rank=2, dataset_name="pairs.parquet").train()
+    settings = json.loads((tmp_path / "aligned" / "training_config.json").read_text())
+    assert settings["steps"] == 3
+    assert settings["rank"] == 2
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(tmp_path / "aligned" / "README.md")
+    assert {"lora", "text-to-image", "diffusers-training"} <= set(card.data.tags)
+    for needed in (str(model), "pairs.parquet", "β: 2000.0", "optimiser steps: 3", "TODO"):
+        assert (needed in card.text) == (needed != "TODO")
+
+
+@pytest.mark.parametrize("source", ["ddim", "q_sample", "bdia", "renoise"])
+def test_a_micro_batch_of_four_pairs_is_four_of_one(model, tmp_path, monkeypatch, source):
+    """At equal timesteps and noise, which the run would draw anew for other micro-batches."""
+    grid = [[100, 200, 250, 300], [500, 600, 650, 700]]
+    pairs = tiny.pairs()
+
+    def gradient(name, parts):
+        accumulation = len(parts)
+        run = trainer(
+            model,
+            tmp_path / name,
+            latents=source,
+            train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+        )
+
+        def path(clean, micro, rows):
+            columns = [[row[pair] for pair in parts[micro]] * rows for row in grid]
+            noise = [torch.Generator().manual_seed(pair) for pair in parts[micro]]
+            return SOURCES[source](clean, columns, run.model.schedule, generator=noise)
+
+        monkeypatch.setattr(run.learner, "_path", path)
+        for micro, part in enumerate(parts):
+            latents = torch.cat([pairs._mean[part, 0], pairs._mean[part, 1]])
+            text = {name: value[part] for name, value in pairs._text.items()}
+            index = torch.tensor(part)
+            batch = PairBatch(latents, text, None, torch.ones(len(part)), index, 0)
+            run.learner.learn(batch, micro, last=micro == accumulation - 1)
+        return {n: p.grad for n, p in run.policy.named_parameters() if p.grad is not None}
+
+    whole, parts = gradient("a", [[0, 1, 2, 3]]), gradient("b", [[0], [1], [2], [3]])
+    assert whole.keys() == parts.keys()
+    total = torch.stack([g.norm() for g in whole.values()]).norm()
+    assert total > 0
+    # the same float32 terms in another order, through convolutions of another batch size
+    assert all((whole[n] - parts[n]).norm() <= 1e-5 * total for n in whole)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "smpo", "dmpo", "dspo", "mapo", "kto", "sft"])
+def test_every_objective_trains(model, tmp_path, loss):
+    beta = {} if loss == "sft" else {"beta_dpo": 1.0}
+    run = trainer(model, tmp_path, loss_type=loss, max_train_steps=2, inversion_steps=2, **beta)
+    history = run.train()
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in history)
+    assert (run.learner.networks.reference is None) == (loss in ("mapo", "sft"))
+
+
+@pytest.mark.parametrize("source", ["ddim", "bdia", "renoise"])
+def test_one_path_trains_at_several_levels(model, tmp_path, source):
+    run = trainer(model, tmp_path, latents=source, samples_per_inversion=3, inversion_steps=5)
+    history = run.train()
+    assert history[0]["margin_mean"] == 0
+    assert history[-1]["margin_mean"] != 0
+
+
+def test_a_soft_tie_has_no_gradient_at_the_start(model, tmp_path):
+    data = tiny.pairs()
+    data._label.fill_(0.5)
+    run = trainer(model, tmp_path, data, ties="soft", max_train_steps=1)
+    assert run.train()[0]["grad_norm"] == 0
+
+
+def test_epochs_and_the_scaled_learning_rate(model, tmp_path):
+    run = trainer(
+        model,
+        tmp_path,
+        max_train_steps=None,
+        num_train_epochs=2,
+        gradient_accumulation_steps=2,
+        inversion_steps=1,
+        learning_rate=1e-6,
+        scale_lr=True,
+    )
+    history = run.train()
+    # 12 pairs are 6 micro-batches of 2, and 3 steps, an epoch
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert history[0]["lr"] == pytest.approx(1e-6 * 2 * 2)
+
+
+def test_settings_that_should_not_change_the_bits_do_not(model, tmp_path):
+    """Gradient checkpointing recomputes the same numbers; the number of workers changes none."""
+    plain = trainer(model, tmp_path / "a", rank=2)
+    plain.train()
+    other = trainer(model, tmp_path / "b", rank=2, gradient_checkpointing=True)
+    other.train()
+    mine, theirs = plain.policy.state_dict(), other.policy.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+def test_compiled_blocks_train_alike_and_leave_no_trace(model, tmp_path, monkeypatch):
+    """With graphs captured but not generated, so that seconds suffice and the bits are known."""
+    compile_module = torch.nn.Module.compile
+
+    def captured(self, *, dynamic, options):
+        assert options == {"emulate_precision_casts": True}
+        compile_module(self, dynamic=dynamic, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", captured)
+    torch._dynamo.reset()
+    plain = trainer(model, tmp_path / "plain", rank=2, inversion_steps=1, max_train_steps=2)
+    compiled = trainer(
+        model, tmp_path / "c", rank=2, inversion_steps=1, max_train_steps=2, compile="blocks"
+    )
+    logged, again = plain.train(), compiled.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
+    # policy and reference run through graphs of their own, and the forward keeps its bits
+    same = ("loss", "margin_mean", "policy_winner", "reference_winner")
+    assert [again[0][key] for key in same] == [logged[0][key] for key in same]
+    # the decomposed backward rounds in another order
+    assert again[1]["policy_winner"] == pytest.approx(logged[1]["policy_winner"], rel=1e-4)
+    names = compiled.policy.state_dict().keys()
+    assert names == plain.policy.state_dict().keys()
+    assert not any("_orig_mod" in name for name in names)
+
+
+def test_a_lora_with_kohyas_names(model, tmp_path):
+    from safetensors.torch import load_file
+
+    trainer(model, tmp_path / "mine", rank=2, output_kohya_format=True, max_train_steps=1).train()
+    kohya = load_file(tmp_path / "mine" / "mine_kohya.safetensors")
+    ours = load_file(tmp_path / "mine" / "pytorch_lora_weights.safetensors")
+    layers = {name.split(".")[0] for name in kohya}
+    assert len(kohya) == 3 * len(layers) == 3 * len(ours) / 2
+    assert all(name.startswith("lora_unet_") for name in layers)
+    ends = {name.split(".", 1)[1] for name in kohya}
+    assert ends == {"lora_down.weight", "lora_up.weight", "alpha"}
+
+
+def test_a_cache_trains_as_live_pairs_do_and_loads_no_encoder(tmp_path, monkeypatch):
+    from inpo_fast.cli import main
+    from inpo_fast.shipped import model_path, preferences_path
+    from inpo_fast.training.encoders import Encoders
+
+    settings = {"rank": 2, "max_train_steps": 2, "inversion_steps": 1, "resolution": 64}
+    live = tiny.config(
+        *(model_path(), tmp_path / "live"),
+        dataset_name=str(preferences_path()),
+        max_train_samples=8,
+        **settings,
+    )
+    logged = PreferenceTrainer(live).train()
+    flags = ["--resolution", "64", "--dtype", "float32", "--max_train_samples", "8"]
+    where = ["--model", str(model_path()), "--output", str(tmp_path / "cache"), "--device", "cpu"]
+    assert main(["cache", str(preferences_path()), *where, *flags]) == 0
+    monkeypatch.delattr(Encoders, "load")
+    cached = tiny.config(
+        model_path(), tmp_path / "cached", dataset_name=str(tmp_path / "cache"), **settings
+    )
+    again = PreferenceTrainer(cached).train()
+    for key in ("loss", "policy_winner", "grad_norm"):
+        assert [row[key] for row in again] == [row[key] for row in logged]
+    with pytest.raises(DataError, match="does not fit this run"):
+        PreferenceTrainer(
+            dataclasses.replace(cached, output_dir=str(tmp_path / "x"), no_hflip=True)
+        )
+
+
+def test_the_official_inversion(model, tmp_path):
+    history = trainer(model, tmp_path, latents="official", train_batch_size=1).train()
+    assert history[0]["margin_mean"] == 0
+    assert all(math.isfinite(row["loss"]) for row in history)
+
+
+def test_the_quickstart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # --- as in the README
+    from inpo_fast.shipped import load_pipeline, model_path, preferences_path
+    from inpo_fast.training import PreferenceConfig, PreferenceTrainer
+
+    config = PreferenceConfig(
+        pretrained_model_name_or_path=str(model_path()),
+        dataset_name=str(preferences_path()),
+        max_train_samples=64,
+        rank=8,
+        learning_rate=1e-4,
+        lr_warmup_steps=0,
+        max_train_steps=2,
+        output_dir="aligned",
+    )
+    PreferenceTrainer(config).train()
+
+    pipe = load_pipeline()
+    pipe.load_lora_weights("aligned")
+    image = pipe("a large red circle").images[0]
+    # ---
+    assert image.size == (64, 64)
+
+
+def test_images_and_values_reach_the_tracker(tmp_path):
+    """On the shipped pipeline, whose autoencoder and text encoder are not in memory otherwise."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from inpo_fast.shipped import model_path, preferences_path
+
+    config = tiny.config(
+        model_path(),
+        tmp_path,
+        dataset_name=str(preferences_path()),
+        max_train_samples=4,
+        rank=2,
+        max_train_steps=2,
+        inversion_steps=1,
+        report_to="tensorboard",
+        validation_prompts=("a large red circle",),
+        validation_inference_steps=1,
+        validation_steps=1,
+        learning_rate=1e-30,
+    )
+    PreferenceTrainer(config).train()
+    events = EventAccumulator(str(tmp_path / "logs" / "inpo-fast"))
+    events.Reload()
+    assert {"loss", "accuracy", "grad_norm", "lr", "mfu"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    first, second = events.Images("validation")
+    # the same seed, and a policy that has hardly moved
+    assert first.encoded_image_string == second.encoded_image_string
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_loss_that_is_not_finite_skips_its_step(model, tmp_path, optimizer):
+    run = trainer(model, tmp_path, optimizer=optimizer, max_train_steps=3)
+    healthy = run.data.loader
+
+    def loader(*args, **kwargs):
+        for number, batch in enumerate(healthy(*args, **kwargs)):
+            bad = batch.latents * float("nan") if number == 1 else batch.latents
+            yield PairBatch(bad, batch.text, None, batch.label, batch.index, batch.epoch)
+
+    run.data.loader = loader
+    seen = []
+    run.optimizer.register_step_post_hook(lambda *_: seen.append(weights(run.policy)))
+    history = run.train()
+    assert [row["skipped_steps"] for row in history] == [0, 1, 1]
+    assert math.isnan(history[1]["loss"])
+    assert all(torch.isfinite(value).all() for value in run.policy.state_dict().values())
+    if optimizer == "adamw":
+        # the fused step was taken, and left everything as it was
+        assert all(torch.equal(value, seen[1][name]) for name, value in seen[0].items())
+        assert {int(state["step"]) for state in run.optimizer.state.values()} == {2}
+    else:
+        assert len(seen) == 2
+
+
+def test_training_stops_when_nothing_is_finite(model, tmp_path):
+    data = tiny.pairs()
+    data._mean.fill_(float("nan"))
+    run = trainer(model, tmp_path, data, max_train_steps=50, max_nonfinite_steps=4, logging_steps=2)
+    before = weights(run.policy)
+    with pytest.raises(TrainingError, match=r"4 steps in a row .*max_nonfinite_steps 4.*lower"):
+        run.train()
+    assert run.step == 4
+    assert all(torch.equal(value, before[name]) for name, value in run.policy.state_dict().items())
+
+
+def test_the_average_of_the_weights_is_what_is_written(model, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    run = trainer(model, tmp_path, use_ema=True, ema_decay=0.5)
+    trained = []
+    run.optimizer.register_step_post_hook(lambda *_: trained.append(weights(run.policy)))
+    run.train()
+    written = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet").state_dict()
+    name = "conv_in.weight"
+    assert torch.equal(run.policy.state_dict()[name], trained[-1][name])
+    assert not torch.equal(written[name], trained[-1][name])
+    low, high = torch.stack([step[name] for step in trained]).aminmax(dim=0)
+    # an average of the steps and of the start
+    start = tiny.unet().state_dict()[name]
+    assert (written[name] >= torch.minimum(low, start) - 1e-7).all()
+    assert (written[name] <= torch.maximum(high, start) + 1e-7).all()
+
+
+def test_out_of_memory_says_what_to_lower(model, tmp_path, monkeypatch):
+    run = trainer(model, tmp_path, rank=None)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run.learner, "learn", full)
+    with pytest.raises(TrainingError, match=r"lower train_batch_size \(2\).*set gradient"):
+        run.train()
+
+
+def test_pairs_of_another_family(model, tmp_path):
+    data = tiny.pairs()
+    data._mean = data._mean.repeat(1, 1, 4, 1, 1)
+    data.scaling = type(data.scaling)(torch.zeros(16), torch.ones(16))
+    with pytest.raises(ConfigError, match="takes latents of 4 channels, got pairs with 16"):
+        trainer(model, tmp_path, data).train()
+
+
+def test_a_batch_larger_than_the_data(model, tmp_path):
+    with pytest.raises(ConfigError, match="train_batch_size is too large"):
+        trainer(model, tmp_path, train_batch_size=50)
+
+
+def test_an_unknown_family(tmp_path):
+    folder = tiny.save_pipeline(tmp_path / "model")
+    path = folder / "model_index.json"
+    path.write_text(path.read_text().replace("StableDiffusionPipeline", "KandinskyPipeline"))
+    with pytest.raises(ConfigError, match="FluxPipeline, got KandinskyPipeline"):
+        trainer(folder, tmp_path / "out")
+
+
+def test_a_flow_model_is_trained_by_lora_only(tmp_path):
+    folder = tiny.save_pipeline(tmp_path / "model", "FluxPipeline")
+    with pytest.raises(ConfigError, match="rank must be given"):
+        trainer(folder, tmp_path / "out")

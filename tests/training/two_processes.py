@@ -1,0 +1,96 @@
+"""What test_processes.py runs under `accelerate launch`: trainings whose processes share the pairs.
+
+Arguments: folder, pairs of a process and micro-batch, `ddp` or `fsdp`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+
+import inpo_fast.training.step
+from inpo_fast.training.trainer import PreferenceTrainer
+from tests.training import tiny
+
+inpo_fast.training.step.count_flops = lambda _: (1, 2)
+
+
+def whole(tensor):
+    """A gathered tensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_on_cpu() -> None:
+    """accelerate has FSDP2 on accelerators only: do with gloo what its `prepare` does."""
+
+    def prepare(self, model, optimizer):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        order = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        fully_shard(model)
+        sharded = dict(model.named_parameters())
+        for group, names in zip(optimizer.param_groups, order, strict=True):
+            group["params"] = [sharded[name] for name in names]
+        return model, SimpleNamespace(optimizer=optimizer)
+
+    Accelerator.prepare = prepare
+    # gradients may be reduced at every backward: the sum of means is the mean of sums
+    Accelerator.no_sync = lambda self, model: contextlib.nullcontext()
+
+
+def train(root: Path, name: str, batch: int, **changes) -> PreferenceTrainer:
+    """Train, and write the first step's gradient and the logged values into `root`."""
+    config = tiny.config(
+        root / "model",
+        root / name,
+        **{
+            "train_batch_size": batch,
+            "gradient_accumulation_steps": 2,
+            "max_train_steps": 2,
+            "inversion_steps": 2,
+            "checkpointing_steps": 1,
+            **changes,
+        },
+    )
+    run = PreferenceTrainer(config, dataset=tiny.pairs())
+    gradients = {}
+
+    def keep(*_):
+        named = {n: p.grad for n, p in run.policy.named_parameters() if p.grad is not None}
+        gradients.setdefault("first", {n: whole(g).clone() for n, g in named.items()})
+
+    run.optimizer.register_step_pre_hook(keep)
+    history = run.train()
+    if run.accelerator.is_main_process:
+        torch.save({"gradients": gradients["first"], "history": history}, root / f"{name}.pt")
+    return run
+
+
+def main() -> None:
+    root, batch, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    suffix = f"{kind}-{batch}"
+    changes = {"full": {}, "lora": {"rank": 2}}
+    if kind == "fsdp":
+        shard_on_cpu()
+    if kind == "ddp":
+        changes["noised"] = {"latents": "q_sample"}
+        changes["kto"] = {"loss_type": "kto"}
+    for name, change in changes.items():
+        run = train(root, f"{name}-{suffix}", batch, **change)
+    # the last step again, from the checkpoint
+    folder = root / f"lora-{suffix}"
+    if run.accelerator.is_main_process:
+        (root / f"again-{suffix}").mkdir()
+        shutil.copytree(folder / "checkpoint-1", root / f"again-{suffix}" / "checkpoint-1")
+    run.accelerator.wait_for_everyone()
+    train(root, f"again-{suffix}", batch, rank=2, resume_from_checkpoint="latest")
+
+
+if __name__ == "__main__":
+    main()
