@@ -197,8 +197,8 @@ def _align_section(results: Results) -> str:
             "## Align: learn from preferences",
             "The whole UNet was trained in float32 with AdamW from the shipped preference pairs, "
             "which are images of the model itself; the same pairs in the same order at the same "
-            f"timesteps for each objective. Every step has a micro-batch of {settings.pairs} pairs "
-            "for each number of inversion steps, and every pair a timestep of its own, uniform "
+            f"timesteps for each objective. Every step has {settings.pairs} pairs, which share "
+            "their number of inversion steps, and every pair a timestep of its own, uniform "
             f"from {settings.first_timestep} on, where noise is strong and attributes are decided. "
             "InPO takes its noisy latents by DDIM inversion under the current policy, on grids "
             f"that reach the last timestep in {settings.max_depth} steps; "

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,48 +23,28 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("processes")
     tiny.save_pipeline(root / "model")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", "-m", "tests.training.two_processes", str(root), "2"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
     return root
 
 
-@pytest.fixture(scope="module")
-def launched(folder):
-    """Run `two_processes` once for a kind."""
-
-    @cache
-    def launch(kind):
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc_per_node", "2", "-m", "tests.training.two_processes"),
-                *(str(folder), "2", kind),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-
-    return launch
-
-
-CASES = {
-    "full": {},
-    "lora": {"rank": 2},
-    "noised": {"latents": "q_sample"},
-    "kto": {"loss_type": "kto"},
-}
-
-
-PAIRED = [("ddp", case) for case in CASES] + [("fsdp", "full"), ("fsdp", "lora")]
+PAIRED = [("ddp", case) for case in two_processes.CASES] + [("fsdp", "full"), ("fsdp", "lora")]
 
 
 @pytest.mark.parametrize(("kind", "case"), PAIRED)
-def test_two_processes_are_one_with_twice_the_pairs(folder, launched, kind, case, monkeypatch):
-    launched(kind)
+def test_two_processes_are_one_with_twice_the_pairs(folder, kind, case, monkeypatch):
     monkeypatch.setattr(training_step, "count_flops", lambda _: (1, 2))
     together = folder / f"{case}-one-{kind}"
-    two_processes.train(folder, together.name, 4, **CASES[case])
+    two_processes.train(folder, together.name, 4, **two_processes.CASES[case])
     one = torch.load(together.with_suffix(".pt"))
     two = torch.load(folder / f"{case}-{kind}-2.pt")
     assert one["gradients"].keys() == two["gradients"].keys()
@@ -81,8 +60,7 @@ def test_two_processes_are_one_with_twice_the_pairs(folder, launched, kind, case
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_processes_resume_with_the_same_bits(folder, launched, kind):
-    launched(kind)
+def test_processes_resume_with_the_same_bits(folder, kind):
     for name in (LORA, f"checkpoint-2/{LORA}"):
         whole, again = (load_file(folder / f"{run}-{kind}-2" / name) for run in ("lora", "again"))
         assert whole.keys() == again.keys()
@@ -95,8 +73,7 @@ def _norm(gradients):
     return torch.stack([g.norm() for g in gradients.values()]).norm()
 
 
-def test_one_process_refuses_the_checkpoint_of_two(folder, launched):
-    launched("ddp")
+def test_one_process_refuses_the_checkpoint_of_two(folder):
     copy = folder / "of-two"
     shutil.copytree(folder / "lora-ddp-2" / "checkpoint-1", copy / "checkpoint-1")
     with pytest.raises(ConfigError, match="processes: the checkpoint has 2, this run 1"):

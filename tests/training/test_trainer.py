@@ -329,6 +329,37 @@ def test_a_cache_trains_as_live_pairs_do_and_loads_no_encoder(tmp_path, monkeypa
         )
 
 
+def test_the_result_is_uploaded_without_checkpoints(model, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    seen = {}
+
+    def create(name, exist_ok):
+        assert exist_ok
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload(**given):
+        seen.update(given)
+        folder = given["folder_path"]
+        kept = huggingface_hub.utils.filter_repo_objects(
+            (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
+            ignore_patterns=given["ignore_patterns"],
+        )
+        seen["files"] = sorted(kept)
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    trainer(model, tmp_path / "mine", rank=2, push_to_hub=True, checkpointing_steps=1).train()
+    assert seen["repo_id"] == "me/mine"
+    assert seen["files"] == [
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+        "training_config.json",
+    ]
+
+
 def test_the_official_inversion(model, tmp_path):
     history = trainer(model, tmp_path, latents="official", train_batch_size=1).train()
     assert history[0]["margin_mean"] == 0

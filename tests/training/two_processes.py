@@ -1,6 +1,6 @@
 """What test_processes.py runs under `accelerate launch`: trainings whose processes share the pairs.
 
-Arguments: folder, pairs of a process and micro-batch, `ddp` or `fsdp`.
+Arguments: folder, pairs of a process and micro-batch.
 """
 
 from __future__ import annotations
@@ -73,21 +73,28 @@ def train(root: Path, name: str, batch: int, **changes) -> PreferenceTrainer:
 
 
 def main() -> None:
-    root, batch, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    suffix = f"{kind}-{batch}"
-    changes = {"full": {}, "lora": {"rank": 2}}
-    if kind == "fsdp":
-        shard_on_cpu()
-    if kind == "ddp":
-        changes["noised"] = {"latents": "q_sample"}
-        changes["kto"] = {"loss_type": "kto"}
-    for name, change in changes.items():
+    root, batch = Path(sys.argv[1]), int(sys.argv[2])
+    run_cases(root, f"ddp-{batch}", batch, CASES)
+    shard_on_cpu()
+    run_cases(root, f"fsdp-{batch}", batch, {name: CASES[name] for name in ("full", "lora")})
+
+
+CASES = {
+    "full": {},
+    "noised": {"latents": "q_sample"},
+    "kto": {"loss_type": "kto"},
+    "lora": {"rank": 2},
+}
+
+
+def run_cases(root: Path, suffix: str, batch: int, cases) -> None:
+    for name, change in cases.items():
         run = train(root, f"{name}-{suffix}", batch, **change)
-    # the last step again, from the checkpoint
-    folder = root / f"lora-{suffix}"
+    # the last step of the LoRA again, from the checkpoint
     if run.accelerator.is_main_process:
         (root / f"again-{suffix}").mkdir()
-        shutil.copytree(folder / "checkpoint-1", root / f"again-{suffix}" / "checkpoint-1")
+        checkpoint = root / f"lora-{suffix}" / "checkpoint-1"
+        shutil.copytree(checkpoint, root / f"again-{suffix}" / "checkpoint-1")
     run.accelerator.wait_for_everyone()
     train(root, f"again-{suffix}", batch, rank=2, resume_from_checkpoint="latest")
 
