@@ -64,6 +64,21 @@ def cuda_architectures() -> list[str]:
     return sorted({f"{major}.{minor}" for major, minor in found}) or ["8.0", "9.0"]
 
 
+def macros(cuda: bool) -> list[str]:
+    """Return what every source is compiled with."""
+    return [f"-DINPO_FAST_TORCH_TARGET={TORCH_TARGET_VERSION}", *["-DUSE_CUDA"] * cuda]
+
+
+def nvcc_flags(numbers: list[str]) -> list[str]:
+    """Return what GPU kernels are compiled with for architectures such as ["80", "90"].
+
+    Machine code for each, and for later GPUs what the driver can compile of the last.
+    """
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    targets += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in numbers[-1:]]
+    return [*CUDA_FLAGS, *macros(cuda=True), *targets]
+
+
 def native() -> dict[str, Any]:
     """Return the arguments of setup() that build the extension, or none."""
     if MODE not in ("", "0", "1"):
@@ -86,10 +101,6 @@ def native() -> dict[str, Any]:
                 self.extensions = []
 
     numbers = [name.replace(".", "") for name in cuda_architectures()]
-    macros = [f"-DINPO_FAST_TORCH_TARGET={TORCH_TARGET_VERSION}", *["-DUSE_CUDA"] * bool(numbers)]
-    # Machine code for each, and for later GPUs what the driver can compile of the last.
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    targets += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in numbers[-1:]]
     built_for = [*(f"sm_{n}" for n in numbers), *(f"compute_{n}" for n in numbers[-1:])]
     flags = " ".join(FLAGS)
     extension = (CUDAExtension if numbers else CppExtension)(
@@ -101,17 +112,19 @@ def native() -> dict[str, Any]:
             "cxx": [
                 *FLAGS,
                 "-g0",
-                *macros,
+                *macros(cuda=bool(numbers)),
                 f'-DINPO_FAST_BUILD_FLAGS="{flags}"',
                 f'-DINPO_FAST_TORCH_VERSION="{torch.__version__}"',
                 f'-DINPO_FAST_CUDA_ARCHITECTURES="{" ".join(built_for)}"',
             ],
-            "nvcc": [*CUDA_FLAGS, *macros, *targets],
+            "nvcc": nvcc_flags(numbers),
         },
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 
-arguments = native()
-arguments.setdefault("cmdclass", {})["sdist"] = SourceArchive
-setup(**arguments)
+# Builds run this file as a script; tests import it for the flags.
+if __name__ == "__main__":
+    arguments = native()
+    arguments.setdefault("cmdclass", {})["sdist"] = SourceArchive
+    setup(**arguments)
