@@ -14,7 +14,8 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
 # Names the state of everything that an installed environment depends on, so that a stamp file with
 # this name means "nothing to do" whatever the clock says.
-KEY := $(shell { $(PYTHON) --version; pwd; echo "$(INPO_FAST_NATIVE)"; command -v "$${CXX:-c++}"; \
+KEY := $(shell { $(PYTHON) --version; pwd; echo "$(INPO_FAST_NATIVE)" "$${TORCH_CUDA_ARCH_LIST}"; \
+	command -v "$${CXX:-c++}"; command -v nvcc; \
 	cat .constraints.txt pyproject.toml setup.py inpo_fast/_version.py $$(find csrc -type f | LC_ALL=C sort); } 2>&1 \
 	| cksum | cut -d' ' -f1)
 DEMO := $(VENV)/.demo-$(KEY)
