@@ -28,6 +28,8 @@ void check_outputs(const OptionalTensor& m1, const OptionalTensor& m2, const Ten
     check_like(**m, x, device);
     check_float(**m, allow_double);
   }
+  // GPU kernels read both as what the first one is.
+  if (m2) check_dtype(*m2, m1->scalar_type());
 }
 
 // --- Float states ---

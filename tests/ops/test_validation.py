@@ -132,6 +132,8 @@ def test_the_native_kernel_survives_a_direct_call_with_wrong_tensors(native, nam
             (x, x, x, None, torch.ones(5, 4), None),
             (x, x, x, None, torch.ones(4, dtype=F64), None),
             (x, x, z, None, torch.ones(4), None),
+            # on a GPU both would be read as float32
+            (x, x, x, x.to(F16), torch.ones(4), None),
             (x, x, x, None, torch.ones(4), torch.zeros(0, dtype=torch.int32)),
             (x, x, x, None, torch.ones(4), torch.zeros(1, dtype=torch.int8)),
         ],
@@ -139,6 +141,7 @@ def test_the_native_kernel_survives_a_direct_call_with_wrong_tensors(native, nam
             (z, z[:1], None, None, torch.ones(4), 20, status),
             (z, x, None, None, torch.ones(4), 20, status),
             (z, z, None, None, torch.ones(4), 99, status),
+            (z, z, x, x.to(F16), torch.ones(4), 20, status),
         ],
         "preference_backward": [
             (x, x, x[:2], torch.ones(64), torch.ones(64)),
