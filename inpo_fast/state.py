@@ -83,7 +83,11 @@ class State:
             first, second = (None if t is None else t.clone() for t in pair)
             return first, second
 
-        return replace(self, tracks=copies(self.tracks), buffers=copies(self.buffers))
+        # of the status too: what goes wrong later is no fault of this moment
+        status = None if self.status is None else self.status.clone()
+        return replace(
+            self, tracks=copies(self.tracks), buffers=copies(self.buffers), status=status
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {}

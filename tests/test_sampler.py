@@ -865,6 +865,19 @@ def test_a_model_that_returns_no_number(tmp_path, state, value, step):
     assert sorted(p.name for p in tmp_path.iterdir()) == saved
 
 
+def test_a_copy_of_a_moment_knows_nothing_of_what_goes_wrong_later(tmp_path):
+    kept = []
+    sampler = Sampler(failing(3, torch.nan), bdia(schedule()))
+    with pytest.raises(NonFiniteError, match="update 3 of"):
+        sampler.run(image(), callback=lambda index, update, state: kept.append(state.clone()))
+    for state in kept[:3]:
+        state.save(tmp_path / "state.safetensors")
+    assert Sampler(Network(), bdia(schedule())).run(kept[2]).position == 10
+    for state in kept[3:]:
+        with pytest.raises(NonFiniteError):
+            state.save(tmp_path / "state.safetensors")
+
+
 @pytest.mark.parametrize("step", [0, 5])
 def test_a_state_survives_a_run_that_fails(step):
     program = edict(schedule())
