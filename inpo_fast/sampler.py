@@ -180,15 +180,21 @@ class Sampler:
         assert held is not None
         if self.frac_bits is None and held.dtype != FLOAT_STATES[self.state]:
             raise ValueError(f"the state is {held.dtype}, the sampler's is {self.state}")
-        if state.program == program.fingerprint and state.position < len(program.updates):
+        continues = state.program == program.fingerprint and state.position < len(program.updates)
+        if not continues and state.inverse != program.fingerprint:
+            raise ValueError(
+                f"the state belongs to another program: it was left by {state.program[:12]} at "
+                f"update {state.position}; "
+                f"{program.name} is {program.fingerprint[:12]} with {len(program.updates)} updates"
+            )
+        if self._scaled and any(
+            scale is not None and buffer is None
+            for scale, buffer in zip(state.scales, state.buffers, strict=True)
+        ):
+            raise ValueError(f"the state lacks the information buffers that {program.name} needs")
+        if continues:
             return state
-        if state.inverse == program.fingerprint:
-            return self._state(state.tracks, state.buffers, program.start, program.input, 0)
-        raise ValueError(
-            f"the state belongs to another program: it was left by {state.program[:12]} at update "
-            f"{state.position}; "
-            f"{program.name} is {program.fingerprint[:12]} with {len(program.updates)} updates"
-        )
+        return self._state(state.tracks, state.buffers, program.start, program.input, 0)
 
     @torch.no_grad()
     def run(

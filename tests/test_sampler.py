@@ -878,6 +878,14 @@ def test_a_copy_of_a_moment_knows_nothing_of_what_goes_wrong_later(tmp_path):
             state.save(tmp_path / "state.safetensors")
 
 
+def test_a_state_that_lost_its_buffers_is_refused():
+    program = edict(schedule())
+    state = Sampler(Network(), program).run(image())
+    for buffers in ((None, None), (state.buffers[0], None)):
+        with pytest.raises(ValueError, match=r"the state lacks the information buffers .* edict"):
+            Sampler(Network(), program.inverse()).run(dataclasses.replace(state, buffers=buffers))
+
+
 @pytest.mark.parametrize("step", [0, 5])
 def test_a_state_survives_a_run_that_fails(step):
     program = edict(schedule())
