@@ -328,9 +328,15 @@ class GraphLoop:
         return graph
 
 
+# not cudnn.flags(): it would also reset the settings that it is not given, TF32 among them
+_SETTINGS = {
+    ("torch.backends.cudnn", "benchmark"): False,
+    ("torch.backends.cudnn", "deterministic"): True,
+    ("torch._inductor.config", "deterministic"): True,
+}
 _settings_lock = threading.Lock()
 _running = 0
-_restore: Callable[[], None] | None = None
+_before: dict[tuple[str, str], bool] = {}
 
 
 @contextlib.contextmanager
@@ -341,37 +347,22 @@ def reproducible() -> Iterator[None]:
     kernels without benchmarking too, so that another process compiles the same ones. The settings
     are global: runs at the same time share them, and the last one to end restores them.
     """
-    global _running, _restore
+    global _running
     with _settings_lock:
-        if _running == 0:
-            _restore = _set_reproducible()
+        for (module, name), value in _SETTINGS.items():
+            # of modules that are there: importing Inductor takes a second, and whoever compiles has
+            # done so, perhaps since the first of the runs began
+            owner = sys.modules.get(module)
+            if owner is not None and (module, name) not in _before:
+                _before[module, name] = getattr(owner, name)
+                setattr(owner, name, value)
         _running += 1
     try:
         yield
     finally:
         with _settings_lock:
             _running -= 1
-            if _running == 0 and _restore is not None:
-                _restore()
-
-
-def _set_reproducible() -> Callable[[], None]:
-    cudnn: Any = torch.backends.cudnn
-    # not imported, which takes a second: whoever compiles has imported it
-    inductor = sys.modules.get("torch._inductor.config")
-    # not cudnn.flags(): it would also reset the settings that it is not given, TF32 among them
-    settings: list[tuple[Any, str, bool]] = [
-        (cudnn, "benchmark", False),
-        (cudnn, "deterministic", True),
-    ]
-    if inductor is not None:
-        settings.append((inductor, "deterministic", True))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
-    for owner, name, value in settings:
-        setattr(owner, name, value)
-
-    def restore() -> None:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-
-    return restore
+            if _running == 0:
+                for (module, name), before in _before.items():
+                    setattr(sys.modules[module], name, before)
+                _before.clear()

@@ -1105,6 +1105,23 @@ def test_the_settings_of_a_run_are_shared_by_threads_and_restored():
         cudnn.benchmark = before[0]
 
 
+def test_a_run_sets_what_has_been_imported_since_another_one_began(monkeypatch):
+    import torch._inductor.config as inductor
+
+    before, seen = inductor.deterministic, []
+    program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 1))
+
+    def importing(sample, timestep):
+        monkeypatch.undo()
+        Sampler(lambda x, t: seen.append(inductor.deterministic) or x, program).run(sample)
+        return sample
+
+    monkeypatch.delitem(sys.modules, "torch._inductor.config")
+    Sampler(importing, program).run(torch.randn(SHAPE))
+    assert seen == [True]
+    assert inductor.deterministic is before is False
+
+
 def test_running_out_of_memory_leaves_the_callers_tensors_alone():
     calls = []
 
