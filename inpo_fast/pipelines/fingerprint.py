@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +19,26 @@ _STEP = 0x3C6EF372FE94F82A
 
 _CHUNK = 2**17
 
-_cache: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
-
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 over class, configuration, adapters and the checksums of all weights and buffers.
 
-    Computed once per module, and again when a weight was changed in place, moved or exchanged or
-    an adapter was switched.
+    Computed anew each time: a change through `weight.data`, as of an adapter that is fused and then
+    unloaded, leaves neither a version nor another address behind.
     """
     module = getattr(module, "_orig_mod", module)
-    named = list(_weights(module))
     switches = list(_switches(module))
-    key = ([(n, t.data_ptr(), t.device, _version(t)) for n, t in named], switches)
-    known = _cache.get(module)
-    if known is not None and known[0] == key:
-        return known[1]
     config = getattr(module, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     # where it came from and who wrote it does not matter
     settings = {
         k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"
     }
-    sums = {n: [str(t.dtype), list(t.shape), _checksum(t)] for n, t in named}
+    sums = {n: [str(t.dtype), list(t.shape), _checksum(t)] for n, t in _weights(module)}
     data = json.dumps(
         [type(module).__name__, settings, switches, sums], sort_keys=True, default=str
     )
-    digest = hashlib.sha256(data.encode()).hexdigest()
-    _cache[module] = (key, digest)
-    return digest
+    return hashlib.sha256(data.encode()).hexdigest()
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -74,11 +63,6 @@ def _switches(module: nn.Module) -> Iterator[tuple[str, str]]:
             off = getattr(part, "disable_adapters", False)
             state = (list(part.active_adapters), dict(part.scaling), list(merged), off)
             yield name, repr(state)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often the tensor was changed in place."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -191,6 +191,10 @@ def test_fingerprint_is_of_configuration_and_every_bit():
         flat = weight.view(-1)
         flat[[0, 1]] = flat[[1, 0]]
     assert fingerprint(other) != before, "order matters, and a change in place is noticed"
+    hidden = fingerprint(other)
+    next(other.parameters()).data.mul_(2)
+    assert fingerprint(other) != hidden, "also one that leaves the version counter as it was"
+    next(other.parameters()).data.div_(2)
     with torch.no_grad():
         flat[[0, 1]] = flat[[1, 0]]
     assert fingerprint(other) == before
