@@ -67,6 +67,20 @@ def machine() -> dict[str, Any]:
     }
 
 
+def available_device(name: str) -> str:
+    """The name of a device of this torch.
+
+    Raises:
+        ValueError: it has no such device.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not available: {reason}") from error
+    return name
+
+
 def collect() -> dict[str, Any]:
     """All that `inpo-fast env` prints."""
     return {

@@ -103,3 +103,37 @@ def test_env_text_shows_missing_packages_backends_and_gpus(capsys, monkeypatch):
     assert ["gpus", "Example GPU, 139.8 GiB, capability 9.0"] in lines
     assert ["native", "missing: no compiler"] in lines
     assert ["reference", "available: plain torch"] in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.png"], "no picture at nothing.png"),
+        ([__file__], "is not a readable picture"),
+        (["a.png", "--output", "."], ". is a folder; name a file to write"),
+        (["a.png", "--reconstruction", "a.foo"], "a.foo must end in .png or as another picture"),
+    ],
+)
+def test_invert_refuses_paths_before_it_loads_a_model(arguments, message, capsys, monkeypatch):
+    pytest.importorskip("diffusers")
+    from inpo_fast.pipelines import invert_command
+
+    monkeypatch.setattr(invert_command, "load", None)
+    assert cli.main(["invert", *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("inpo-fast invert: ") and message in line
+
+
+def test_a_device_that_torch_does_not_have_is_a_value_error():
+    assert environment.available_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="--device gpu is not available"):
+        environment.available_device("gpu")
+
+
+def test_a_lazy_name_says_which_package_it_needs(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("inpo_fast.schedulers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "diffusers.configuration_utils", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "inpo-fast\[diffusers\]"'):
+        _ = inpo_fast.BDIAScheduler

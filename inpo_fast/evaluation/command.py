@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..environment import machine, versions
+from ..environment import available_device, machine, versions
 from ..training.files import write_json
 from .compare import Settings, as_json, compare
 from .models import fingerprint, load_pipeline
@@ -87,7 +87,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         arguments.resolution,
         arguments.batch_size,
     )
-    # before anything is drawn: a missing package should not cost an hour
+    # before anything is drawn: a missing package or folder should not cost an hour
+    available_device(arguments.device)
+    if arguments.json.is_dir() or not arguments.json.parent.is_dir():
+        raise ValueError(f"--json must be a file in a folder that exists, got {arguments.json}")
     scorers = {name: make_scorer(name, arguments.device) for name in arguments.scorer}
     results = {"candidate": arguments.candidate, "baseline": arguments.baseline}
     hashes = {name: fingerprint(base, result) for name, result in results.items()}

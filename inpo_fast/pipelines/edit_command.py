@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .inversion import Inversion
-from .loading import add_model_arguments, load, reported, writable
+from .loading import add_model_arguments, load, reported, writable_picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="what the picture is to show")
     parser.add_argument("--negative-prompt", help="default: that of the inversion")
     parser.add_argument("--guidance", type=float, help="default: that of the inversion")
-    parser.add_argument("--output", default="edited.png", help="picture to write")
+    parser.add_argument(
+        "--output", default="edited.png", help="picture to write (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _edit(arguments: argparse.Namespace) -> None:
-    output = writable(arguments.output)
+    output = writable_picture(arguments.output)
     inversion = Inversion.load(arguments.inversion, load(arguments))
     edited = inversion.edit(
         arguments.prompt,

@@ -7,7 +7,15 @@ from typing import Any
 
 from ..solvers import SOLVERS
 from .inverting import invert
-from .loading import add_model_arguments, load, number, reported, writable
+from .loading import (
+    add_model_arguments,
+    load,
+    number,
+    picture,
+    reported,
+    writable,
+    writable_picture,
+)
 from .plan import NULL_TEXT
 
 
@@ -15,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("image", metavar="IMAGE", help="picture to invert")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", default="", help="what the picture shows")
+    parser.add_argument(
+        "--prompt", default="", help="what the picture shows (default: nothing said)"
+    )
     parser.add_argument("--negative-prompt", help="what it does not show")
     parser.add_argument(
         "--solver", default="bdia", choices=[*SOLVERS, NULL_TEXT], help="default: bdia"
@@ -29,9 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=50, help="default: 50")
     parser.add_argument("--guidance", type=float, help="default: 3, for Flux 3.5")
-    parser.add_argument("--strength", type=float, default=1.0, help="fraction of the steps to go")
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="fraction of the steps to go (default: 1)"
+    )
     parser.add_argument("--control-image", metavar="IMAGE", help="for a ControlNet pipeline")
-    parser.add_argument("--output", default="inversion.safetensors", help="file to write")
+    parser.add_argument(
+        "--output", default="inversion.safetensors", help="file to write (default: %(default)s)"
+    )
     parser.add_argument(
         "--reconstruction",
         metavar="PICTURE",
@@ -45,10 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _invert(arguments: argparse.Namespace) -> None:
-    from diffusers.utils import load_image
-
     output = writable(arguments.output)
-    picture = writable(
+    reconstruction = writable_picture(
         arguments.reconstruction or str(output.with_name(f"{output.stem}-reconstruction.png"))
     )
     options: dict[str, Any] = {}
@@ -57,9 +69,9 @@ def _invert(arguments: argparse.Namespace) -> None:
         if not equals:
             raise ValueError(f"--set must be NAME=VALUE, got {setting!r}")
         options[name] = number(value)
-    image = load_image(arguments.image)
+    image = picture(arguments.image)
     if arguments.control_image is not None:
-        options["control_image"] = load_image(arguments.control_image)
+        options["control_image"] = picture(arguments.control_image)
     inversion = invert(
         load(arguments),
         image,
@@ -71,7 +83,7 @@ def _invert(arguments: argparse.Namespace) -> None:
         strength=arguments.strength,
         **options,
     )
-    inversion.reconstruct().images[0].save(picture)
+    inversion.reconstruct().images[0].save(reconstruction)
     inversion.save(output)
     print(inversion)
-    print(f"wrote {output} and {picture}")
+    print(f"wrote {output} and {reconstruction}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..environment import available_device
 from ..ops import LatticeRangeError, NonFiniteError
 from ..shipped import load_pipeline
 
@@ -34,7 +35,7 @@ def load(arguments: argparse.Namespace) -> Any:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = available_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, arguments.dtype)
     if arguments.model is None:
         pipe = load_pipeline(device=device, dtype=dtype)
@@ -55,14 +56,46 @@ def number(text: str) -> Any:
 
 
 def writable(path: str) -> Path:
-    """A path whose folder exists.
+    """A path of a file whose folder exists.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or the path is a folder itself.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; name a file to write")
     if not Path(path).parent.is_dir():
         raise ValueError(f"no folder {Path(path).parent} to write {Path(path).name} to")
     return Path(path)
+
+
+def writable_picture(path: str) -> Path:
+    """A path, as of `writable`, whose ending names a format of pictures.
+
+    Raises:
+        ValueError: see `writable`, or no such format.
+    """
+    from PIL import Image
+
+    ending = Path(path).suffix.lower()
+    if Image.registered_extensions().get(ending) not in Image.SAVE:
+        raise ValueError(f"{path} must end in .png or as another picture, got {ending!r}")
+    return writable(path)
+
+
+def picture(path: str) -> Any:
+    """The picture in a file or at a URL, in RGB.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
+    from diffusers.utils import load_image
+
+    if not path.startswith(("http://", "https://")) and not Path(path).is_file():
+        raise ValueError(f"no picture at {path}")
+    try:
+        return load_image(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a readable picture: {error}") from error
 
 
 def reported(command: str, work: Callable[[], None]) -> int:

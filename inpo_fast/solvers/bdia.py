@@ -24,6 +24,7 @@ lattice. The first step is the integrator's own.
 from __future__ import annotations
 
 from fractions import Fraction
+from numbers import Real
 
 from ..lattice import rational
 from ..schedule import NoiseSchedule
@@ -54,8 +55,11 @@ def bdia(
         direction: noise to data or data to noise.
 
     Raises:
+        TypeError: γ is no number.
         ValueError: γ outside (0, 1], or no such integrator.
     """
+    if not isinstance(gamma, Real):
+        raise TypeError(f"gamma must be a number, got {gamma!r}")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must be in (0, 1], got {gamma}")
     weight, step = rational(gamma), integrator_of(integrator)

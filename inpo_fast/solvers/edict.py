@@ -14,6 +14,7 @@ step. Two model calls a step.
 from __future__ import annotations
 
 from fractions import Fraction
+from numbers import Real
 
 from ..lattice import rational
 from ..schedule import NoiseSchedule
@@ -31,8 +32,11 @@ def edict(
     drift apart.
 
     Raises:
+        TypeError: p is no number.
         ValueError: p outside (1/2, 1].
     """
+    if not isinstance(p, Real):
+        raise TypeError(f"p must be a number, got {p!r}")
     if not 0.5 < p <= 1:
         raise ValueError(f"p must be in (1/2, 1], got {p}")
     weight = rational(p)

@@ -13,6 +13,7 @@ model as often as the integrator does: two calls a step for DDIM, four for the o
 from __future__ import annotations
 
 from fractions import Fraction
+from numbers import Real
 
 from ..lattice import rational
 from ..schedule import NoiseSchedule
@@ -43,8 +44,11 @@ def mccallum_foster(
         direction: noise to data or data to noise.
 
     Raises:
+        TypeError: ζ is no number.
         ValueError: ζ outside (0, 1], or no such integrator.
     """
+    if not isinstance(zeta, Real):
+        raise TypeError(f"zeta must be a number, got {zeta!r}")
     if not 0 < zeta <= 1:
         raise ValueError(f"zeta must be in (0, 1], got {zeta}")
     weight, step = rational(zeta), integrator_of(integrator)

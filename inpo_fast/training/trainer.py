@@ -53,10 +53,18 @@ class PreferenceTrainer:
     """
 
     def __init__(self, config: PreferenceConfig, model: Any = None, dataset: Any = None) -> None:
+        from diffusers.optimization import SchedulerType
+
         self.config = config
         self.accelerator = accelerator = make_accelerator(config)
         self.dtype = _DTYPES[accelerator.mixed_precision]
         self.folder = Path(config.output_dir)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"output_dir must be a folder, and {self.folder} is a file")
+        if config.lr_scheduler not in (names := [kind.value for kind in SchedulerType]):
+            raise ConfigError(
+                f"lr_scheduler must be one of {', '.join(names)}, got {config.lr_scheduler!r}"
+            )
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit, accelerator)
         resume = self.checkpoints.resolve(config.resume_from_checkpoint)
         if config.resume_from_checkpoint is None and (self.folder / CONFIG).exists():

@@ -470,3 +470,11 @@ def test_without_frozen_the_coefficients_stand_for_themselves():
     assert program.amplification == 1
     # x⁰ ← (x⁰ − x¹/2) · 4
     assert program.inverse().amplification == 6
+
+
+@pytest.mark.parametrize(
+    ("solver", "name"), [(bdia, "gamma"), (edict, "p"), (mccallum_foster, "zeta")]
+)
+def test_a_weight_that_is_no_number_is_named(solver, name):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got 'abc'"):
+        solver(stable_diffusion(4), **{name: "abc"})

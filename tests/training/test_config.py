@@ -125,3 +125,16 @@ def test_a_missing_column_is_named(capsys, tmp_path):
     )
     assert status == 1
     assert "missing: jpg_1, label_0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output_dir", __file__], "output_dir must be a folder, and"),
+        (["--lr_scheduler", "cosin"], "lr_scheduler must be one of linear, cosine"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(flags, message, capsys, tmp_path):
+    given = ["--pretrained_model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path)]
+    assert main(["train", *given, *flags]) == 1
+    assert capsys.readouterr().err.startswith(f"inpo-fast train: {message}")
