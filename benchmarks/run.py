@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-BENCHMARKS = ("levers", "loop", "ops", "shipped", "solvers")
+BENCHMARKS = ("levers", "loop", "ops", "shipped", "solvers", "train")
 
 
 def line(row: common.Row) -> str:
