@@ -37,6 +37,8 @@ class Row:
     ratios: dict[str, float]
     target: dict[str, float] = field(default_factory=dict)
     met: bool | None = None
+    values: dict[str, float] = field(default_factory=dict)
+    """More numbers of the case, as an interval or the memory."""
 
     def __post_init__(self) -> None:
         if self.target and self.met is None:

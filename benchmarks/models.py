@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,24 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+}
+_SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+}
+# The same interfaces in milliseconds on a CPU, to find out whether a benchmark runs.
+_CONFIGS["sd15-small"] = _SMALL
+_CONFIGS["sdxl-small"] = {
+    **_SMALL,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 8 + 6 * 4,
 }
 _PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
 
@@ -65,7 +83,10 @@ class Denoiser:
 
 
 def unet(name: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Return the UNet of Stable Diffusion 1.5 ("sd15") or XL ("sdxl"), channels last."""
+    """Return the UNet of Stable Diffusion 1.5 ("sd15") or XL ("sdxl"), channels last.
+
+    "sd15-small" and "sdxl-small" are called in the same way.
+    """
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -77,26 +98,43 @@ def unet(name: str, device: str, dtype: torch.dtype) -> nn.Module:
     finally:
         torch.set_default_dtype(before)
     count = sum(p.numel() for p in made.parameters())
-    if count != _PARAMETERS[name]:
+    if count != _PARAMETERS.get(name, count):
         raise AssertionError(f"{name} must have {_PARAMETERS[name]} parameters, has {count}")
     return made.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def denoiser(name: str, batch: int, device: str, dtype: torch.dtype) -> Denoiser:
-    """Return a denoiser for a batch, guidance halves counted."""
-    made = unet(name, device, dtype)
+class Inputs(NamedTuple):
+    """What a denoiser is given, float32."""
+
+    latents: Tensor  # [B, 4, h, w]
+    text: Tensor  # [B, 77, D]
+    added: dict[str, Tensor] | None  # SDXL: text_embeds [B, D], time_ids [B, 6]
+
+
+def inputs(name: str, batch: int, device: str = "cpu") -> Inputs:
+    """Return standard normal inputs for a batch, and SDXL's sizes of uncropped images."""
+    config = _CONFIGS[name]
     rng = torch.Generator(device).manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, device=device).to(dtype)
+        return torch.randn(*shape, generator=rng, device=device)
 
-    text = draw(batch, 77, _CONFIGS[name]["cross_attention_dim"])
-    if name == "sd15":
-        return Denoiser(made, text, None)
-    size = torch.tensor([1024, 1024, 0, 0, 1024, 1024], device=device, dtype=dtype)
-    return Denoiser(
-        made, text, {"text_embeds": draw(batch, 1280), "time_ids": size.repeat(batch, 1)}
-    )
+    text = draw(batch, 77, config["cross_attention_dim"])
+    added = None
+    if "addition_embed_type" in config:
+        pooled = config["projection_class_embeddings_input_dim"]
+        pooled -= 6 * config["addition_time_embed_dim"]
+        side = 8 * config["sample_size"]
+        size = torch.tensor([side, side, 0, 0, side, side], device=device, dtype=torch.float32)
+        added = {"text_embeds": draw(batch, pooled), "time_ids": size.repeat(batch, 1)}
+    return Inputs(latents(name, batch, device), text, added)
+
+
+def denoiser(name: str, batch: int, device: str, dtype: torch.dtype) -> Denoiser:
+    """Return a denoiser for a batch, guidance halves counted."""
+    given = inputs(name, batch, device)
+    made = Denoiser(unet(name, device, dtype), given.text, given.added)
+    return made.to(dtype, made.unet)
 
 
 def latents(name: str, batch: int, device: str) -> Tensor:

@@ -2,7 +2,8 @@
 """Run a benchmark: ``python -m benchmarks.run ops --device cpu --json FILE``.
 
 A benchmark is a module of this folder with a function ``rows(device, quick, only)`` that yields
-``common.Row``. It checks that its contenders agree before it times them, and stops if they do not.
+``common.Row``, and perhaps ``picture(rows, path)``, which draws them beside the JSON. It checks that
+its contenders agree before it times them, and stops if they do not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-BENCHMARKS = ("levers", "loop", "ops", "shipped", "solvers")
+BENCHMARKS = ("align", "levers", "loop", "ops", "shipped", "solvers", "train")
 
 
 def line(row: common.Row) -> str:
@@ -49,6 +50,8 @@ def main() -> None:
     judged = sum(row.met is not None for row in rows)
     print(f"{judged - len(missed)} of {judged} targets met on {common.machine(options.device)}")
     if options.json is not None:
+        if hasattr(module, "picture"):
+            module.picture(rows, options.json.with_suffix(".png"))
         print(f"written to {options.json}", file=sys.stderr)
 
 
