@@ -2,8 +2,8 @@
 """Run a benchmark: ``python -m benchmarks.run ops --device cpu --json FILE``.
 
 A benchmark is a module of this folder with a function ``rows(device, quick, only)`` that yields
-``common.Row``, and perhaps ``picture(rows, path)``, which draws them beside the JSON. It checks that
-its contenders agree before it times them, and stops if they do not.
+``common.Row``, and perhaps ``picture(rows, path)``, which draws them beside the JSON. It checks
+that its contenders agree before it times them, and stops if they do not.
 """
 
 from __future__ import annotations
