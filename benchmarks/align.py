@@ -262,21 +262,24 @@ def _row(
     found: list[float],
     values: dict[str, float],
 ) -> Row:
-    """A mean over seeds with the interval of its difference from the base."""
+    """A mean over seeds with the interval of its difference from `base`, zeros where the value is
+    reported by itself."""
     scale = 100.0 if unit == "%" else 1.0
-    gains = [scale * (value - start) for value, start in zip(found, base, strict=True)]
-    gain = statistics.mean(gains)
-    half = _STUDENT[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
     start = scale * statistics.mean(base)
-    interval = f"{gain:+.3g}, 95 % interval {gain - half:+.3g} to {gain + half:+.3g}"
+    changes = [scale * (value - before) for value, before in zip(found, base, strict=True)]
+    change = statistics.mean(changes)
+    half = _STUDENT[len(changes)] * statistics.stdev(changes) / len(changes) ** 0.5
+    ends = {"low": change - half, "high": change + half}
+    told = f"95 % interval {ends['low']:.3g} to {ends['high']:.3g}"
+    told = f"over the base {change:+.3g}, {told}" if start else told
     return Row(
-        case=f"{case}, {metric}" + (f" (over the base {interval})" if start else ""),
+        case=f"{case}, {metric} ({told})",
         metric=metric,
         unit=unit,
         ours=scale * statistics.mean(found),
         rivals={"base": start} if start else {},
         ratios={},
-        values={**values, "gain": gain, "low": gain - half, "high": gain + half},
+        values={**values, **ends},
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -513,7 +514,9 @@ def scaling_rows(device: str, quick: bool) -> Iterator[Row]:
                 *("--device", device, "--accumulation", str(accumulation)),
                 *(["--quick"] if quick else []),
             ]
-            done = subprocess.run(command, capture_output=True, text=True)
+            # torchrun gives several processes one thread each, and a single one all of them
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise AssertionError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
             found[processes] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -6,9 +6,10 @@ import torch
 from benchmarks import official, train, training_loop
 
 
-def test_every_row_of_a_tiny_model():
+def test_every_row_of_a_tiny_model(monkeypatch):
+    monkeypatch.setattr(train, "REUSE", (1, 2))
     rows = {row.case: row for row in train.rows("cpu", True, ["sd15"])}
-    assert any("samples_per_inversion 4" in case for case in rows)
+    assert any("samples_per_inversion 2" in case for case in rows)
     levers = [case.split("lever: ")[1] for case in rows if "lever: " in case]
     assert len(levers) == 6
     assert all(row.ours > 0 for row in rows.values())
