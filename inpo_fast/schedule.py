@@ -130,11 +130,16 @@ class NoiseSchedule:
                 f"a {self.kind} schedule needs {equation} = 1 at every node, got {constraint}"
             )
 
-        steps = np.diff(sigma / (alpha + sigma if self.velocity_form else alpha))
-        if (steps[1:] <= 0).any() or steps[0] < 0:
+        level = sigma / (alpha + sigma if self.velocity_form else alpha)
+        stuck = np.diff(level) <= 0
+        stuck[0] = level[1] < level[0]
+        if stuck.any():
+            node = int(stuck.argmax())
+            ratio = "sigma/(alpha + sigma)" if self.velocity_form else "sigma/alpha"
             raise ValueError(
                 "noise must grow from node to node (only the first step may be flat), got "
-                f"sigma/alpha steps {steps}"
+                f"{ratio} = {level[node]} at node {node} (timestep {self.timesteps[node]:g}) and "
+                f"{level[node + 1]} at the next (timestep {self.timesteps[node + 1]:g})"
             )
         for name, values in self._derived(alpha, sigma).items():
             values = np.array(values)

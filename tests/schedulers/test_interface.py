@@ -338,7 +338,8 @@ def test_epsilon_at_zero_snr_is_refused(cls):
 def test_a_table_that_is_all_noise_is_refused(cls):
     scheduler = cls(beta_start=0.01, beta_end=0.2)
     scheduler.set_timesteps(50)
-    with pytest.raises(ValueError, match="noise must grow"):
+    # where the noise stops growing in float64, not a list of all nodes
+    with pytest.raises(ValueError, match=r"noise must grow.* = 1.0 at node 42 \(timestep 820\)"):
         scheduler.step(normal(2), scheduler.timesteps[0], normal(2))
 
 

@@ -1,6 +1,7 @@
 """Runs: what a scheduler computes, what it remembers between steps, and how a run is undone."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -303,6 +304,20 @@ def test_aborted_and_repeated_runs(cls, as_number):
     scheduler.set_timesteps(6)
     larger = normal(5, 2, 2)
     assert torch.equal(loop(scheduler, larger), loop(make(cls), larger))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copy_goes_on_with_the_run(cls, duplicate):
+    scheduler = make(cls)
+    half = len(scheduler.timesteps) // 2
+    sample = loop(scheduler, normal(2, 3), timesteps=scheduler.timesteps[:half])
+    other = duplicate(scheduler)
+    results = [loop(s, sample, timesteps=s.timesteps[half:]) for s in (scheduler, other)]
+    assert torch.equal(*results)
+    # both went on, neither began anew
+    fresh = loop(make(cls), sample, timesteps=scheduler.timesteps[half:])
+    assert not torch.equal(results[0], fresh)
 
 
 @pytest.mark.parametrize("cls", FORWARD)

@@ -5,11 +5,13 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -141,10 +143,20 @@ FAMILIES = {
         lambda: _stable_diffusion(StableDiffusionControlNetPipeline, controlnet=_controlnet()),
         {"image": image()},
     ),
+    "controlnet-img2img": (
+        lambda: _stable_diffusion(
+            StableDiffusionControlNetImg2ImgPipeline, controlnet=_controlnet()
+        ),
+        {"image": image(), "control_image": image(), "strength": 0.6},
+    ),
     "sdxl": (lambda: _xl(XL), {}),
     "sdxl-img2img": (
         lambda: _xl(StableDiffusionXLImg2ImgPipeline),
         {"image": image(), "strength": 0.6},
+    ),
+    "sdxl-inpaint": (
+        lambda: _xl(StableDiffusionXLInpaintPipeline),
+        {"image": image(), "mask_image": mask(), "strength": 0.8, "height": SIZE, "width": SIZE},
     ),
 }
 """How to make a pipeline, and what it is called with beside a prompt."""
