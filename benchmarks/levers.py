@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import models
 from benchmarks.common import Row, captured, interleaved, median_us
-from inpo_fast.loop import reproducible
+from inpo_fast.determinism import reproducible
 
 Change = Callable[[nn.Module], Any]
 

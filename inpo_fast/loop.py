@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -326,43 +324,3 @@ class GraphLoop:
             graph.capture_end()
         current.wait_stream(self._stream)
         return graph
-
-
-# not cudnn.flags(): it would also reset the settings that it is not given, TF32 among them
-_SETTINGS = {
-    ("torch.backends.cudnn", "benchmark"): False,
-    ("torch.backends.cudnn", "deterministic"): True,
-    ("torch._inductor.config", "deterministic"): True,
-}
-_settings_lock = threading.Lock()
-_running = 0
-_before: dict[tuple[str, str], bool] = {}
-
-
-@contextlib.contextmanager
-def reproducible() -> Iterator[None]:
-    """The settings under which a model returns the same bits for the same input, while a run lasts.
-
-    cuDNN takes its deterministic algorithms, chosen without benchmarking. Inductor chooses its
-    kernels without benchmarking too, so that another process compiles the same ones. The settings
-    are global: runs at the same time share them, and the last one to end restores them.
-    """
-    global _running
-    with _settings_lock:
-        for (module, name), value in _SETTINGS.items():
-            # of modules that are there: importing Inductor takes a second, and whoever compiles has
-            # done so, perhaps since the first of the runs began
-            owner = sys.modules.get(module)
-            if owner is not None and (module, name) not in _before:
-                _before[module, name] = getattr(owner, name)
-                setattr(owner, name, value)
-        _running += 1
-    try:
-        yield
-    finally:
-        with _settings_lock:
-            _running -= 1
-            if _running == 0:
-                for (module, name), before in _before.items():
-                    setattr(sys.modules[module], name, before)
-                _before.clear()

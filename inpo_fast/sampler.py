@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .determinism import reproducible
 from .lattice import DEFAULT_FRAC_BITS, MAX_BUFFER, lattice_range
-from .loop import EagerLoop, GraphLoop, Kind, Model, Stepper, Tables, reproducible
+from .loop import EagerLoop, GraphLoop, Kind, Model, Stepper, Tables
 from .solvers.program import Ends, Program, Update, is_unguided, unwarned
 from .state import FLOAT_STATES, State, StateKind
 

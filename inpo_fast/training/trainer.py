@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..determinism import reproducible_training
 from ..environment import versions
 from ..losses import OBJECTIVES
 from . import policy, weights
@@ -197,7 +198,7 @@ class PreferenceTrainer:
             desc="Steps",
             disable=advance is not None or not self.accelerator.is_local_main_process,
         )
-        with bar, memory_advice(config):
+        with bar, memory_advice(config), reproducible_training():
             while self.step < self.total_steps:
                 for part in range(accumulation):
                     batch = next(batches)

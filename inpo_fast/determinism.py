@@ -1,0 +1,79 @@
+"""Settings of torch under which computations repeat their bits, for the time of a run only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# not cudnn.flags(): it would also reset the settings that it is not given, TF32 among them
+_SETTINGS = {
+    ("torch.backends.cudnn", "benchmark"): False,
+    ("torch.backends.cudnn", "deterministic"): True,
+    ("torch._inductor.config", "deterministic"): True,
+}
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_settings_lock = threading.Lock()
+_running = 0
+_before: dict[tuple[str, str], bool] = {}
+
+
+@contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """The settings under which a model returns the same bits for the same input, while a run lasts.
+
+    cuDNN takes its deterministic algorithms, chosen without benchmarking. Inductor chooses its
+    kernels without benchmarking too, so that another process compiles the same ones. The settings
+    are global: runs at the same time share them, and the last one to end restores them.
+    """
+    global _running
+    with _settings_lock:
+        for (module, name), value in _SETTINGS.items():
+            # of modules that are there: importing Inductor takes a second, and whoever compiles has
+            # done so, perhaps since the first of the runs began
+            owner = sys.modules.get(module)
+            if owner is not None and (module, name) not in _before:
+                _before[module, name] = getattr(owner, name)
+                setattr(owner, name, value)
+        _running += 1
+    try:
+        yield
+    finally:
+        with _settings_lock:
+            _running -= 1
+            if _running == 0:
+                for (module, name), before in _before.items():
+                    setattr(sys.modules[module], name, before)
+                _before.clear()
+
+
+@contextlib.contextmanager
+def reproducible_training() -> Iterator[None]:
+    """`reproducible`, and the same gradient for the same input.
+
+    torch chooses deterministic algorithms, of the backward of attention above all, and warns of
+    operators that have none. cuBLAS repeats its sums with the workspace that torch's documentation
+    names. A training that is resumed then goes on with the bits that it would have had.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    filling: Any = torch.utils.deterministic
+    fills = filling.fill_uninitialized_memory
+    unset = _WORKSPACE not in os.environ
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=warns or not before)
+    # it would write to every new tensor, for programs that read what they have not written
+    filling.fill_uninitialized_memory = False
+    try:
+        with reproducible():
+            yield
+    finally:
+        filling.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        if unset:
+            os.environ.pop(_WORKSPACE, None)

@@ -1,0 +1,51 @@
+"""Settings are there for the time of a run, whoever else runs."""
+
+import os
+
+import pytest
+import torch
+
+from inpo_fast.determinism import reproducible, reproducible_training
+
+
+def settings():
+    return {
+        "benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.backends.cudnn.deterministic,
+        "algorithms": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    }
+
+
+@pytest.fixture(params=["default", "strict"])
+def before(request, monkeypatch):
+    """What the user has set."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    if request.param == "strict":
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        torch.use_deterministic_algorithms(True)
+    yield settings()
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_training_has_deterministic_algorithms_and_leaves_no_trace(before):
+    with pytest.raises(KeyError), reproducible_training():
+        inside = settings()
+        raise KeyError
+    assert settings() == before
+    assert inside["algorithms"] and inside["deterministic"] and not inside["benchmark"]
+    assert not inside["fill"]
+    # who asked torch to raise goes on having it raise; nobody else's training stops
+    assert inside["warn_only"] is not before["algorithms"]
+    assert inside["workspace"] == (before["workspace"] or ":4096:8")
+
+
+def test_runs_within_runs_restore_once(before):
+    with reproducible():
+        with reproducible_training():
+            pass
+        assert torch.backends.cudnn.deterministic
+        assert settings()["algorithms"] is before["algorithms"]
+    assert settings() == before
