@@ -14,6 +14,7 @@ from ..sampler import Model, Sampler, State, StateKind
 from ..schedule import NoiseSchedule
 from ..solvers.program import Program, is_unguided
 from .adapter import Adapter, Conditioning, Request
+from .fingerprint import Fingerprint
 from .outputs import EditOutput, ReconstructionOutput
 from .plan import NULL_TEXT, Plan
 from .request import Guidance, make_request, split_options
@@ -40,7 +41,7 @@ class Inversion:
         compile: how the model is compiled, see `Sampler`.
         vae_floor: root mean squared pixel error, in [−1, 1], of the autoencoder alone: what no
             inversion can be better than.
-        models: checksums of the pipeline's models.
+        models: fingerprints of the pipeline's models.
         grid: num_inference_steps, timesteps, sigmas and strength as given.
         model_calls: calls of the denoiser; with guidance one call sees the batch twice over.
         interrupted: whether a callback stopped the run early; the way back is then as short.
@@ -57,7 +58,7 @@ class Inversion:
     state: State = field(repr=False)
     state_kind: StateKind
     compile: Compile
-    models: Mapping[str, str] = field(repr=False)
+    models: Mapping[str, Fingerprint] = field(repr=False)
     grid: Mapping[str, Any]
     vae_floor: float
     model_calls: int
