@@ -66,7 +66,7 @@ def test_every_field_has_a_flag_with_help(capsys):
         ({"latents": "magic"}, "latents must be one of q_sample, .*got 'magic'"),
         ({"proportion_empty_prompts": 1.5}, "proportion_empty_prompts must be in .0, 1., got 1.5"),
         ({"use_8bit_adam": True, "optimizer": "adafactor"}, "use_8bit_adam needs optimizer=adamw"),
-        ({"ties": "soft", "loss_type": "ipo"}, "ties=soft needs a loss_type .*inpo, dpo, smpo"),
+        ({"ties": "soft", "loss_type": "ipo"}, "ties=soft needs a loss_type .*inpo, smpo, dpo"),
         ({"loss_type": "sft", "beta_dpo": 1.0}, "loss_type=sft has no beta_dpo"),
         ({"samples_per_inversion": 2, "latents": "q_sample"}, "samples_per_inversion must be 1"),
         ({"inversion_eta": 0.1, "latents": "bdia"}, "inversion_eta needs latents=ddim"),
