@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Fingerprint(NamedTuple):
     Attributes:
         checksum: SHA-256 over class, configuration, adapters and the checksums of all weights and
             buffers.
-        dtypes: of the floating ones, to say what is different: the checksum covers them too.
+        dtypes: of its parameters, to say what is different: the checksum covers them too.
     """
 
     checksum: str
@@ -52,9 +52,38 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     data = json.dumps(
         [type(module).__name__, settings, switches, sums], sort_keys=True, default=str
     )
-    floating = {str(t.dtype) for _, t in _weights(module) if t.is_floating_point()}
-    dtypes = ", ".join(sorted(name.removeprefix("torch.") for name in floating))
-    return Fingerprint(hashlib.sha256(data.encode()).hexdigest(), dtypes)
+    return Fingerprint(hashlib.sha256(data.encode()).hexdigest(), _dtypes(module))
+
+
+def check_dtypes(
+    name: str, made: Mapping[str, Fingerprint], modules: Mapping[str, nn.Module]
+) -> None:
+    """Refuse models that have been in other dtypes.
+
+    Args:
+        name: of what was made with them.
+        made: their fingerprints then.
+        modules: as they are now, by the same names.
+
+    Raises:
+        ValueError: naming models and dtypes.
+    """
+    cast: dict[tuple[str, str], list[str]] = {}
+    for part in sorted(made.keys() & modules.keys()):
+        then, now = made[part].dtypes, _dtypes(modules[part])
+        if then != now:
+            cast.setdefault((then, now), []).append(part)
+    if cast:
+        said = " and ".join(
+            f"{', '.join(parts)} in {then}, which the pipeline has in {now}"
+            for (then, now), parts in cast.items()
+        )
+        raise ValueError(f"{name} was made with {said}: use the same dtype (inpo-fast: --dtype)")
+
+
+def _dtypes(module: nn.Module) -> str:
+    floating = {str(p.dtype) for p in module.parameters() if p.is_floating_point()}
+    return ", ".join(sorted(dtype.removeprefix("torch.") for dtype in floating))
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..solvers.program import unwarned
 from ..state import State, read_safetensors, write_safetensors
 from .adapter import Adapter, Conditioning, Request
-from .fingerprint import Fingerprint, fingerprint
+from .fingerprint import Fingerprint, check_dtypes, fingerprint
 from .inversion import Inversion
 from .plan import Factory, Plan, make_plan, resolve
 from .request import adapter_of, make_schedule
@@ -133,21 +133,9 @@ def _compare_models(path: str, header: Mapping[str, Any], adapter: Adapter) -> N
         raise ValueError(
             f"{path} was made with a {header['pipeline']}, got a {type(adapter.pipe).__name__}"
         )
-    models = {name: fingerprint(module) for name, module in adapter.modules().items()}
-    saved = _models(header)
-    cast: dict[tuple[str, str], list[str]] = {}
-    for part in sorted(models.keys() & saved.keys()):
-        then, now = saved[part].dtypes, models[part].dtypes
-        if then != now:
-            cast.setdefault((then, now), []).append(part)
-    if cast:
-        said = " and ".join(
-            f"{', '.join(parts)} in {then}, which the pipeline has in {now}"
-            for (then, now), parts in cast.items()
-        )
-        raise ValueError(
-            f"{path} was made with {said}: load the pipeline with the same dtype (--dtype)"
-        )
+    saved, modules = _models(header), adapter.modules()
+    check_dtypes(path, saved, modules)
+    models = {name: fingerprint(module) for name, module in modules.items()}
     if other := sorted(n for n in models.keys() | saved.keys() if models.get(n) != saved.get(n)):
         raise ValueError(
             f"{path} was made with another model: the configuration, weights or adapters of "

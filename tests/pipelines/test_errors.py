@@ -242,6 +242,20 @@ def test_edits(pipe):
         inversion.edit("a dog", guidance_scale=[1.0])
 
 
+def test_a_pipeline_that_is_cast_after_the_inversion():
+    pipe = tiny.build("sd")
+    inversion = invert(pipe, tiny.images(), "a cat", num_inference_steps=2)
+    pipe.to(torch.bfloat16)
+    said = "the inversion was made with unet in float32, which the pipeline has in bfloat16"
+    with pytest.raises(ValueError, match=said):
+        inversion.reconstruct()
+    with pytest.raises(ValueError, match=said):
+        inversion.edit("a dog")
+    pipe.to(torch.float32)
+    pipe.vae.to(torch.bfloat16)  # on the way back only the pictures are its
+    inversion.edit("a dog")
+
+
 def test_an_error_in_a_callback_leaves_the_pipeline_as_it_was(pipe):
     before = dict(vars(pipe))
 

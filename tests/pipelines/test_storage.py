@@ -129,7 +129,7 @@ def test_another_model(path, name):
 
 def test_another_dtype_is_named(path):
     other = tiny.build("sd").to(torch.bfloat16)
-    said = "text_encoder, unet, vae in float32, which the pipeline has in bfloat16: load the pipe"
+    said = "text_encoder, unet, vae in float32, which the pipeline has in bfloat16: use the same"
     with pytest.raises(ValueError, match=said):
         Inversion.load(path, other)
     other = tiny.build("sd")
