@@ -3,16 +3,19 @@
 
 INPO_FAST_NATIVE=0 leaves it out, INPO_FAST_NATIVE=1 makes a failure fatal. Otherwise, without
 torch in the build environment, or without a compiler that works, the library is installed in pure
-Python and says so in one line. With a CUDA build of torch and its nvcc the GPU kernels are built
-too, for TORCH_CUDA_ARCH_LIST ("8.0;9.0"), or else for the GPUs of this machine.
+Python and says so in one line. With a CUDA build of torch and an nvcc of its major version the GPU
+kernels are built too, for TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or for the GPUs of this machine.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from setuptools import setup
 from setuptools.command.sdist import sdist
@@ -47,21 +50,62 @@ def notice(reason: str) -> None:
     print(f"inpo_fast: installing without the native extension: {reason}", file=sys.stderr)
 
 
-def cuda_architectures() -> list[str]:
-    """Return what to build GPU kernels for, such as ["8.0", "9.0"]; nothing where that is moot."""
+def cuda_targets() -> list[str]:
+    """Return nvcc's flags that say what to build GPU kernels for; nothing where that is moot."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
     if torch.version.cuda is None:
         return []
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
-        print("inpo_fast: no nvcc: the extension has CPU kernels only", file=sys.stderr)
+    if problem := nvcc_problem(CUDA_HOME, torch.version.cuda):
+        print(f"inpo_fast: the extension has CPU kernels only: {problem}", file=sys.stderr)
         return []
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if listed:
-        return [name.removesuffix("+PTX") for name in listed]
-    found = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return sorted({f"{major}.{minor}" for major, minor in found}) or ["8.0", "9.0"]
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if listed in ("", "native"):
+        devices = range(torch.cuda.device_count())
+        listed = default_architectures([torch.cuda.get_device_capability(i) for i in devices])
+    try:
+        return gencode(listed)
+    except ValueError as error:
+        sys.exit(f"inpo_fast: TORCH_CUDA_ARCH_LIST={listed!r} cannot be: {error}")
+
+
+def nvcc_problem(home: str | None, torch_cuda: str) -> str:
+    """Return why the nvcc of a CUDA folder cannot build for a torch with CUDA "X.Y", or "".
+
+    BuildExtension refuses another major version too, and with it the CPU kernels.
+    """
+    nvcc = Path(home) / "bin" / "nvcc" if home is not None else None
+    if nvcc is None or not nvcc.exists():
+        return "there is no nvcc"
+    try:
+        told = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"nvcc does not run: {error}"
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    if release is not None and release[1] != torch_cuda.partition(".")[0]:
+        return f"nvcc is of CUDA {release[1]}.{release[2]} and torch of CUDA {torch_cuda}"
+    return ""
+
+
+def default_architectures(capabilities: list[tuple[int, int]]) -> str:
+    """Return a list for these GPUs, or for those in wide use; later GPUs compile what is last."""
+    names = [f"{major}.{minor}" for major, minor in sorted(set(capabilities))] or ["8.0", "9.0"]
+    return ";".join(names) + "+PTX"
+
+
+def gencode(architectures: str) -> list[str]:
+    """Return nvcc's flags for a list such as "8.0;9.0a" or "Ampere 9.0+PTX", which torch reads.
+
+    Machine code for each entry, and for later GPUs what the driver can compile of those with +PTX.
+    """
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    with patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=architectures):
+        flags: list[str] = _get_cuda_arch_flags()
+    return flags
 
 
 def macros(cuda: bool) -> list[str]:
@@ -69,13 +113,8 @@ def macros(cuda: bool) -> list[str]:
     return [f"-DINPO_FAST_TORCH_TARGET={TORCH_TARGET_VERSION}", *["-DUSE_CUDA"] * cuda]
 
 
-def nvcc_flags(numbers: list[str]) -> list[str]:
-    """Return what GPU kernels are compiled with for architectures such as ["80", "90"].
-
-    Machine code for each, and for later GPUs what the driver can compile of the last.
-    """
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    targets += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in numbers[-1:]]
+def nvcc_flags(targets: list[str]) -> list[str]:
+    """Return what GPU kernels are compiled with, for the targets that `gencode` returned."""
     return [*CUDA_FLAGS, *macros(cuda=True), *targets]
 
 
@@ -100,24 +139,24 @@ def native() -> dict[str, Any]:
                 notice(str(error))
                 self.extensions = []
 
-    numbers = [name.replace(".", "") for name in cuda_architectures()]
-    built_for = [*(f"sm_{n}" for n in numbers), *(f"compute_{n}" for n in numbers[-1:])]
+    targets = cuda_targets()
+    built_for = [flag.rpartition("code=")[2] for flag in targets]
     flags = " ".join(FLAGS)
-    extension = (CUDAExtension if numbers else CppExtension)(
+    extension = (CUDAExtension if targets else CppExtension)(
         "inpo_fast._C",
-        [f"csrc/{source}" for source in [*SOURCES, *CUDA_SOURCES * bool(numbers)]],
+        [f"csrc/{source}" for source in [*SOURCES, *CUDA_SOURCES * bool(targets)]],
         include_dirs=[str(ROOT / "csrc")],
         depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))],
         extra_compile_args={
             "cxx": [
                 *FLAGS,
                 "-g0",
-                *macros(cuda=bool(numbers)),
+                *macros(cuda=bool(targets)),
                 f'-DINPO_FAST_BUILD_FLAGS="{flags}"',
                 f'-DINPO_FAST_TORCH_VERSION="{torch.__version__}"',
                 f'-DINPO_FAST_CUDA_ARCHITECTURES="{" ".join(built_for)}"',
             ],
-            "nvcc": nvcc_flags(numbers),
+            "nvcc": nvcc_flags(targets),
         },
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}

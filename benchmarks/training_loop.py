@@ -86,6 +86,7 @@ def make_trainer(given: Setting, device: str, **changes: Any) -> PreferenceTrain
         "learning_rate": 1e-8,
         "train_batch_size": 1,
         "max_train_steps": 1,
+        "lr_warmup_steps": 0,
         "mixed_precision": "bf16",
         "use_cpu": device == "cpu",
         **given.config,

@@ -254,6 +254,10 @@ class EagerLoop:
         self._stepper.apply(kind, self._rows[index], self._words[index], self.tracks, self.buffers)
 
 
+_capturing = threading.RLock()
+"""Torch allows one capture at a time in a process."""
+
+
 class GraphLoop:
     """Runs each kind of update as one CUDA graph, captured when it first comes.
 
@@ -311,16 +315,17 @@ class GraphLoop:
             self.status.copy_(status)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # thread_local: another thread may allocate meanwhile
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                self._update(kind, self.tracks, self.buffers)
-                self._counter.add_(1)
-            except BaseException:
-                # the capture has failed already, and ending it says so once more
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+            with _capturing:
+                # thread_local: another thread may allocate meanwhile
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    self._update(kind, self.tracks, self.buffers)
+                    self._counter.add_(1)
+                except BaseException:
+                    # the capture has failed already, and ending it says so once more
+                    with contextlib.suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         current.wait_stream(self._stream)
         return graph

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -41,6 +43,9 @@ class Sampler:
     memory of what `model` has captured, so new conditioning needs a new sampler (which compiles
     nothing again if `model` is the same function), and Python code in `model` runs only while it is
     captured.
+
+    Threads may share a sampler. A compiled one, whose graphs have one memory, runs for one of them
+    at a time while the others wait; its callback and its model cannot run it.
 
     Args:
         model: see `Model`; the output has the shape of its input and a floating dtype (up to
@@ -119,6 +124,8 @@ class Sampler:
             impl=impl,
         )
         self._graphs: GraphLoop | None = None
+        self._turn = threading.RLock()
+        self._busy = False
         # the amplification of the inverse concerns only those who run it
         with unwarned():
             self._inverse = program.inverse().fingerprint if program.reversible else None
@@ -220,7 +227,29 @@ class Sampler:
             LatticeRangeError: a track left the lattice; names the step and the amplification.
             NonFiniteError: NaN or infinity from the model; names the step.
             ValueError: shapes, dtypes or programs that do not agree.
+            RuntimeError: a compiled sampler that is run by its own callback or model.
         """
+        with self._alone():
+            return self._run(initial, callback, progress)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While a compiled run lasts, its graphs are its own."""
+        if not self.compile:
+            yield
+            return
+        with self._turn:
+            if self._busy:
+                raise RuntimeError(
+                    "a compiled sampler cannot be run by its own callback or model: make another"
+                )
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
+
+    def _run(self, initial: Tensor | State, callback: Callback | None, progress: bool) -> State:
         from tqdm.auto import tqdm
 
         state = self._resume(initial) if isinstance(initial, State) else self.start(initial)

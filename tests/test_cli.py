@@ -112,6 +112,11 @@ def test_env_text_shows_missing_packages_backends_and_gpus(capsys, monkeypatch):
         ([__file__], "is not a readable picture"),
         (["a.png", "--output", "."], ". is a folder; name a file to write"),
         (["a.png", "--reconstruction", "a.foo"], "a.foo must end in .png or as another picture"),
+        (["a.png", "--output", __file__], f"{__file__} exists; name another file, or give --over"),
+        (
+            ["a.png", "--output", "x.png", "--reconstruction", "./x.png"],
+            "--output and --reconstruction must differ",
+        ),
     ],
 )
 def test_invert_refuses_paths_before_it_loads_a_model(arguments, message, capsys, monkeypatch):
@@ -122,6 +127,27 @@ def test_invert_refuses_paths_before_it_loads_a_model(arguments, message, capsys
     assert cli.main(["invert", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("inpo-fast invert: ") and message in line
+
+
+@pytest.mark.parametrize("exists", ["inversion.safetensors", "inversion-reconstruction.png"])
+def test_invert_overwrites_only_when_told(exists, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("diffusers")
+    from PIL import Image
+
+    from inpo_fast.pipelines import invert_command
+
+    def loaded(_):
+        raise ValueError("a model was loaded")
+
+    monkeypatch.setattr(invert_command, "load", loaded)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    (tmp_path / exists).write_text("mine")
+    assert cli.main(["invert", "a.png"]) == 1
+    assert f"{exists} exists" in capsys.readouterr().err
+    assert cli.main(["invert", "a.png", "--overwrite"]) == 1
+    assert "a model was loaded" in capsys.readouterr().err
+    assert (tmp_path / exists).read_text() == "mine"
 
 
 def test_a_device_that_torch_does_not_have_is_a_value_error():

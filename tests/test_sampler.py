@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -1070,6 +1071,59 @@ def test_compile_is_checked():
     sampler = Sampler(lambda sample, timestep: sample, program, compile="graph")
     with pytest.raises(ValueError, match="compile='graph' captures CUDA graphs and needs a GPU"):
         sampler.run(torch.randn(SHAPE))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_threads_that_share_a_sampler(compile, monkeypatch):
+    """A compiled sampler runs for one thread at a time, any other for all of them at once."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    inside, most = set(), []
+    met = threading.Barrier(2)
+
+    def model(sample, timestep):
+        inside.add(threading.get_ident())
+        most.append(len(inside))
+        if not compile:
+            met.wait(timeout=60)
+        return torch.tanh(sample)
+
+    program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 4), direction="invert")
+    sampler = Sampler(model, program, compile=compile)
+    samples, ends = torch.randn(2, *SHAPE), [None, None]
+    taken = threading.Barrier(2)
+
+    def left(index, update, state):
+        if index == len(program.updates) - 1:
+            inside.discard(threading.get_ident())
+        # every chance for the other thread to come in between
+        time.sleep(0.01)
+
+    def run(k):
+        taken.wait(timeout=60)
+        ends[k] = sampler.run(samples[k], callback=left)
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == (1 if compile else 2)
+    for sample, end in zip(samples, ends, strict=True):
+        alone = Sampler(lambda z, t: torch.tanh(z), program).run(sample)
+        assert end.equal(alone)
+
+
+def test_a_compiled_sampler_is_not_run_from_within(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 2), direction="invert")
+    z = torch.randn(SHAPE)
+    sampler = Sampler(lambda sample, timestep: torch.tanh(sample), program, compile=True)
+    with pytest.raises(RuntimeError, match="cannot be run by its own callback or model: make"):
+        sampler.run(z, callback=lambda *_: sampler.run(z))
+    # and can be run afterwards
+    plain = Sampler(lambda sample, timestep: torch.tanh(sample), program)
+    expected = plain.run(z, callback=lambda *_: plain.run(z))
+    assert sampler.run(z).equal(expected)
 
 
 def test_the_settings_of_a_run_are_shared_by_threads_and_restored():

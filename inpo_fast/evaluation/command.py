@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..environment import available_device, machine, versions
+from ..naming import naming
 from ..training.files import write_json
 from .compare import Settings, as_json, compare
 from .models import fingerprint, load_pipeline
@@ -77,16 +78,22 @@ def run(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Compare, print a line for each scorer, and write the JSON."""
     base, dtype = arguments.pretrained_model_name_or_path, _DTYPES[arguments.dtype]
-    lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-    settings = Settings(
-        tuple(line.strip() for line in lines if line.strip()),
-        tuple(range(arguments.seed, arguments.seed + arguments.num_seeds)),
-        arguments.num_inference_steps,
-        arguments.guidance_scale,
-        arguments.resolution,
-        arguments.resolution,
-        arguments.batch_size,
-    )
+    prompts = _prompts(arguments.prompts)
+    flags = {
+        "seeds": "--num_seeds",
+        "steps": "--num_inference_steps",
+        "batch_size": "--batch_size",
+    }
+    with naming(flags):
+        settings = Settings(
+            prompts,
+            tuple(range(arguments.seed, arguments.seed + arguments.num_seeds)),
+            arguments.num_inference_steps,
+            arguments.guidance_scale,
+            arguments.resolution,
+            arguments.resolution,
+            arguments.batch_size,
+        )
     # before anything is drawn: a missing package or folder should not cost an hour
     available_device(arguments.device)
     if arguments.json.is_dir() or not arguments.json.parent.is_dir():
@@ -124,6 +131,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
             "machine": machine(),
         },
     )
+
+
+def _prompts(path: Path) -> tuple[str, ...]:
+    """The lines of a file that are not empty.
+
+    Raises:
+        ValueError: naming a file that cannot be read or has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the prompts {path} cannot be read: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"the prompts {path} must have a line that is not empty")
+    return prompts
 
 
 class _SideBySide:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .scorers import Scorer
+from .scorers import Scorer, check_prompts
 from .statistics import Interval, bootstrap, wilson
 
 
@@ -37,8 +37,9 @@ class Settings:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if not self.prompts or not self.seeds:
-            raise ValueError("prompts and seeds must not be empty")
+        for name in ("prompts", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must differ, got {self.seeds}")
         for name in ("steps", "batch_size"):
@@ -124,7 +125,11 @@ def compare(
 
     Returns:
         a comparison for each scorer, and the scheduler of each model.
+
+    Raises:
+        ValueError: prompts that a scorer refuses, before anything is drawn, or see `Comparison.of`.
     """
+    check_prompts(scorers, settings.prompts)
     scores: dict[str, dict[str, Tensor]] = {}
     schedulers: dict[str, Any] = {}
     for name, load in (("candidate", candidate), ("baseline", baseline)):

@@ -16,7 +16,11 @@ class ScorerError(RuntimeError):
 
 
 class Scorer(Protocol):
-    """Scores a batch of images."""
+    """Scores a batch of images.
+
+    One that cannot judge every prompt has a method `check(prompts)` too, which raises a ValueError:
+    it is called before anything is drawn.
+    """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B] float32 of images [B, 3, H, W] in [0, 1] and their prompts."""
@@ -35,14 +39,37 @@ def make_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     return SCORERS[name](torch.device(device))
 
 
-def _attributes(device: torch.device) -> Scorer:
+def check_prompts(scorers: Mapping[str, Scorer], prompts: Sequence[str]) -> None:
+    """Refuse prompts that a scorer cannot judge.
+
+    Raises:
+        ValueError: naming the scorer and the prompt.
+    """
+    for name, scorer in scorers.items():
+        check = getattr(scorer, "check", None)
+        if check is None:
+            continue
+        try:
+            check(prompts)
+        except ValueError as error:
+            raise ValueError(f"the scorer {name} cannot judge every prompt: {error}") from error
+
+
+class _Attributes:
     """The fraction of the prompt's attributes that the shipped model's reader finds."""
-    from .. import shipped
 
-    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return shipped.score(images.float() * 2 - 1, [shipped.parse(p) for p in prompts]).cpu()
+    def __init__(self, device: torch.device) -> None:
+        from .. import shipped
 
-    return score
+        self._shipped = shipped
+
+    def check(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            self._shipped.parse(prompt)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        scenes = [self._shipped.parse(prompt) for prompt in prompts]
+        return self._shipped.score(images.float() * 2 - 1, scenes).cpu()
 
 
 def _jpeg_size(device: torch.device) -> Scorer:
@@ -155,7 +182,7 @@ def _pictures(images: Tensor) -> list[Any]:
 
 
 SCORERS: Mapping[str, Callable[[torch.device], Scorer]] = {
-    "attributes": _attributes,
+    "attributes": _Attributes,
     "jpeg-size": _jpeg_size,
     "clip": _clip,
     "pickscore": _pickscore,

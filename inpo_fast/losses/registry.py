@@ -31,6 +31,9 @@ class Objective:
             None.
         needs_pairs: whether a batch is [2P, …], winners first; else [B, …].
         inputs: tensors that must be given by keyword beside the outputs, one number a pair or row.
+        probability: the keyword that takes how sure the label of each pair is, [P]: p that the
+            winner is the better one as `preference`, 1 − p as `label_smoothing`. None where every
+            label is taken as sure.
         latents: where its paper takes the noisy latents from, a name in
             `inpo_fast.training.SOURCES`.
         additive: whether the gradient of a batch is the mean over its micro-batches.
@@ -41,6 +44,7 @@ class Objective:
     needs_reference: bool = True
     needs_pairs: bool = True
     inputs: tuple[str, ...] = ()
+    probability: Literal["preference", "label_smoothing"] | None = None
     latents: Literal["q_sample", "ddim", "renoise"] = "q_sample"
     additive: bool = True
     defaults: Mapping[str, float] = field(default_factory=dict)
@@ -51,11 +55,17 @@ class Objective:
 
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
-        "inpo": Objective(inpo_loss, latents="ddim", defaults={"beta": 2000.0}),
-        "smpo": Objective(
-            smpo_loss, inputs=("preference",), latents="renoise", defaults={"beta": 2000.0}
+        "inpo": Objective(
+            inpo_loss, probability="label_smoothing", latents="ddim", defaults={"beta": 2000.0}
         ),
-        "dpo": Objective(dpo_loss, defaults={"beta": 5000.0}),
+        "smpo": Objective(
+            smpo_loss,
+            inputs=("preference",),
+            probability="preference",
+            latents="renoise",
+            defaults={"beta": 2000.0},
+        ),
+        "dpo": Objective(dpo_loss, probability="label_smoothing", defaults={"beta": 5000.0}),
         "ipo": Objective(ipo_loss, defaults={"beta": 5000.0}),
         "dmpo": Objective(dmpo_loss, defaults={"beta": 2000.0, "alpha": 0.01}),
         "dspo": Objective(dspo_loss, defaults={"beta": 0.001}),

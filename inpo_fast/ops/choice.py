@@ -88,11 +88,14 @@ def _native_problem(device: torch.device) -> str:
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Say whether code for it runs: machine code "sm_XY" on the same major and at least the minor
-    version, "compute_XY" (which the driver compiles) on every later GPU."""
-    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)", architecture)
+    version, "compute_XY" (which the driver compiles) on every later GPU, and either with an "a" on
+    that architecture alone."""
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)", architecture)
     if match is None:
         return False
     built = int(match[2]), int(match[3])
+    if match[4]:
+        return capability == built
     return capability >= built and (match[1] == "compute" or capability[0] == built[0])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .inversion import Inversion
-from .loading import add_model_arguments, load, reported, writable_picture
+from .loading import add_model_arguments, add_overwrite_argument, load, reported, writable_picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="edited.png", help="picture to write (default: %(default)s)"
     )
+    add_overwrite_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _edit(arguments: argparse.Namespace) -> None:
-    output = writable_picture(arguments.output)
+    output = writable_picture(arguments.output, overwrite=arguments.overwrite)
     inversion = Inversion.load(arguments.inversion, load(arguments))
     edited = inversion.edit(
         arguments.prompt,

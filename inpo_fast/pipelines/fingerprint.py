@@ -1,4 +1,4 @@
-"""A checksum of a model: its configuration and every bit of its weights.
+"""What tells a model from another: its configuration, every bit of its weights, and their dtypes.
 
 With w_i the weights of a tensor as 64-bit words, the checksum is Σ w_i (2 i K + 1) mod 2^64 for a
 fixed K. It is computed where the weights are, has the same value on every device, and any change
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,21 @@ _STEP = 0x3C6EF372FE94F82A
 _CHUNK = 2**17
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over class, configuration, adapters and the checksums of all weights and buffers.
+class Fingerprint(NamedTuple):
+    """Of a model.
+
+    Attributes:
+        checksum: SHA-256 over class, configuration, adapters and the checksums of all weights and
+            buffers.
+        dtypes: of its parameters, to say what is different: the checksum covers them too.
+    """
+
+    checksum: str
+    dtypes: str
+
+
+def fingerprint(module: nn.Module) -> Fingerprint:
+    """The fingerprint of a model.
 
     Computed anew each time: a change through `weight.data`, as of an adapter that is fused and then
     unloaded, leaves neither a version nor another address behind.
@@ -38,7 +52,38 @@ def fingerprint(module: nn.Module) -> str:
     data = json.dumps(
         [type(module).__name__, settings, switches, sums], sort_keys=True, default=str
     )
-    return hashlib.sha256(data.encode()).hexdigest()
+    return Fingerprint(hashlib.sha256(data.encode()).hexdigest(), _dtypes(module))
+
+
+def check_dtypes(
+    name: str, made: Mapping[str, Fingerprint], modules: Mapping[str, nn.Module]
+) -> None:
+    """Refuse models that have been in other dtypes.
+
+    Args:
+        name: of what was made with them.
+        made: their fingerprints then.
+        modules: as they are now, by the same names.
+
+    Raises:
+        ValueError: naming models and dtypes.
+    """
+    cast: dict[tuple[str, str], list[str]] = {}
+    for part in sorted(made.keys() & modules.keys()):
+        then, now = made[part].dtypes, _dtypes(modules[part])
+        if then != now:
+            cast.setdefault((then, now), []).append(part)
+    if cast:
+        said = " and ".join(
+            f"{', '.join(parts)} in {then}, which the pipeline has in {now}"
+            for (then, now), parts in cast.items()
+        )
+        raise ValueError(f"{name} was made with {said}: use the same dtype (inpo-fast: --dtype)")
+
+
+def _dtypes(module: nn.Module) -> str:
+    floating = {str(p.dtype) for p in module.parameters() if p.is_floating_point()}
+    return ", ".join(sorted(dtype.removeprefix("torch.") for dtype in floating))
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from ..sampler import Model, Sampler, State, StateKind
 from ..schedule import NoiseSchedule
 from ..solvers.program import Program, is_unguided
 from .adapter import Adapter, Conditioning, Request
+from .fingerprint import Fingerprint, check_dtypes
 from .outputs import EditOutput, ReconstructionOutput
 from .plan import NULL_TEXT, Plan
 from .request import Guidance, make_request, split_options
@@ -40,7 +41,7 @@ class Inversion:
         compile: how the model is compiled, see `Sampler`.
         vae_floor: root mean squared pixel error, in [−1, 1], of the autoencoder alone: what no
             inversion can be better than.
-        models: checksums of the pipeline's models.
+        models: fingerprints of the pipeline's models.
         grid: num_inference_steps, timesteps, sigmas and strength as given.
         model_calls: calls of the denoiser; with guidance one call sees the batch twice over.
         interrupted: whether a callback stopped the run early; the way back is then as short.
@@ -57,7 +58,7 @@ class Inversion:
     state: State = field(repr=False)
     state_kind: StateKind
     compile: Compile
-    models: Mapping[str, str] = field(repr=False)
+    models: Mapping[str, Fingerprint] = field(repr=False)
     grid: Mapping[str, Any]
     vae_floor: float
     model_calls: int
@@ -130,8 +131,12 @@ class Inversion:
         """Go back under the same prompt and compare; sets `bits_equal` and `latent_error`.
 
         A callback that interrupts gives the images of that moment.
+
+        Raises:
+            ValueError: the pipeline's dtype has changed since.
         """
         _check_output_type(output_type)
+        self._check_dtype()
         with self.adapter.session(), torch.no_grad():
             steps = Steps(
                 self.adapter.pipe,
@@ -175,8 +180,12 @@ class Inversion:
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines; the
                 callback may read the tensors and may set `pipe._interrupt`.
             options: arguments of the pipeline family, as in `invert`.
+
+        Raises:
+            ValueError, TypeError: naming the argument; or the pipeline's dtype has changed since.
         """
         _check_output_type(output_type)
+        self._check_dtype()
         adapter = self.adapter
         family, _ = split_options(adapter, options, ())
         # the negative prompt is inherited as it was encoded, whatever it came from
@@ -208,6 +217,11 @@ class Inversion:
             latents = self._back(request, conditioning, steps).sample()
             images, flagged = self._pictures(latents, output_type, generator=generator)
         return EditOutput(images, flagged)
+
+    def _check_dtype(self) -> None:
+        name = self.adapter.denoiser_name
+        made, modules = {name: self.models[name]}, self.adapter.modules()
+        check_dtypes("the inversion", made, modules)
 
     def _back(self, request: Request, conditioning: Conditioning, steps: Steps) -> State:
         """From the noise to latents under `conditioning`."""

@@ -9,6 +9,7 @@ from ..solvers import SOLVERS
 from .inverting import invert
 from .loading import (
     add_model_arguments,
+    add_overwrite_argument,
     load,
     number,
     picture,
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PICTURE",
         help="picture to write (default: the output's name with -reconstruction.png)",
     )
+    add_overwrite_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,10 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _invert(arguments: argparse.Namespace) -> None:
-    output = writable(arguments.output)
+    overwrite = arguments.overwrite
+    output = writable(arguments.output, overwrite=overwrite)
     reconstruction = writable_picture(
-        arguments.reconstruction or str(output.with_name(f"{output.stem}-reconstruction.png"))
+        arguments.reconstruction or str(output.with_name(f"{output.stem}-reconstruction.png")),
+        overwrite=overwrite,
     )
+    if reconstruction.resolve() == output.resolve():
+        raise ValueError(f"--output and --reconstruction must differ, got {output} for both")
     options: dict[str, Any] = {}
     for setting in arguments.set:
         name, equals, value = setting.partition("=")

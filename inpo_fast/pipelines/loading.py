@@ -11,10 +11,19 @@ from typing import Any
 import torch
 
 from ..environment import available_device
+from ..naming import naming
 from ..ops import LatticeRangeError, NonFiniteError
 from ..shipped import load_pipeline
 
 _DTYPES = ("float32", "bfloat16", "float16")
+
+# arguments whose flags have other names
+_FLAGS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "negative_prompt": "--negative-prompt",
+    "control_image": "--control-image",
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,20 +64,28 @@ def number(text: str) -> Any:
     return text
 
 
-def writable(path: str) -> Path:
+def add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
+    """`--overwrite`."""
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def writable(path: str, *, overwrite: bool) -> Path:
     """A path of a file whose folder exists.
 
     Raises:
-        ValueError: it does not, or the path is a folder itself.
+        ValueError: it does not, the path is a folder itself, or there is such a file and it may not
+            be overwritten.
     """
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; name a file to write")
     if not Path(path).parent.is_dir():
         raise ValueError(f"no folder {Path(path).parent} to write {Path(path).name} to")
+    if not overwrite and Path(path).exists():
+        raise ValueError(f"{path} exists; name another file, or give --overwrite to replace it")
     return Path(path)
 
 
-def writable_picture(path: str) -> Path:
+def writable_picture(path: str, *, overwrite: bool) -> Path:
     """A path, as of `writable`, whose ending names a format of pictures.
 
     Raises:
@@ -79,7 +96,7 @@ def writable_picture(path: str) -> Path:
     ending = Path(path).suffix.lower()
     if Image.registered_extensions().get(ending) not in Image.SAVE:
         raise ValueError(f"{path} must end in .png or as another picture, got {ending!r}")
-    return writable(path)
+    return writable(path, overwrite=overwrite)
 
 
 def picture(path: str) -> Any:
@@ -101,7 +118,8 @@ def picture(path: str) -> Any:
 def reported(command: str, work: Callable[[], None]) -> int:
     """Exit status of `work`; what the user can mend is printed as one line."""
     try:
-        work()
+        with naming(_FLAGS):
+            work()
     except (ValueError, TypeError, OSError, LatticeRangeError, NonFiniteError) as error:
         print(f"inpo-fast {command}: {error}", file=sys.stderr)
         return 1

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..sampler import Model
 from ..solvers import Program
 from .adapter import Conditioning
@@ -89,7 +90,6 @@ def null_text_embeddings(
     targets = trajectory[::-1]
     z = targets[0]
     rows = torch.from_numpy(program.coefficients(guidance_scale)).to(z.device, torch.float32)
-    shape = (-1, *[1] * (z.ndim - 1))
     null = conditioning.tensors["negative_prompt_embeds"].to(dtype)  # [B, L, D]
     total = len(program.updates)
     if steps.stopped:
@@ -100,10 +100,9 @@ def null_text_embeddings(
         for index, update in enumerate(program.updates):
             kind = torch.int64 if isinstance(update.timestep, int) else torch.float32
             time = torch.full((len(z),), update.timestep, dtype=kind, device=z.device)
-            b, c_null, c_text = (rows[index][..., k].reshape(shape) for k in (1, 2, 3))
             seen = (z * update.model_scale).to(dtype)
-            known = b * z + c_text * conditional(seen, time).float()
-            step = _Step(bind, conditioning, seen, time, known, c_null, dtype)
+            known = conditional(seen, time)
+            step = _Step(bind, conditioning, z, seen, time, known, rows[index], dtype)
             done = index / total
             null = _descend(
                 step,
@@ -124,14 +123,16 @@ def null_text_embeddings(
 
 
 class _Step(NamedTuple):
-    """S(z̄_i, ·, c): one guided DDIM step as a function of the unconditional embedding."""
+    """S(z̄_i, ·, c): one guided DDIM step as a function of the unconditional embedding, with the
+    arithmetic of the way back."""
 
     bind: Callable[[Conditioning], Model]
     conditioning: Conditioning
-    seen: Tensor  # [B, …]
+    z: Tensor  # [B, …]
+    seen: Tensor  # [B, …] as the model sees it
     time: Tensor  # [B]
-    known: Tensor  # [B, …] what does not depend on the embedding
-    gain: Tensor  # [1 or B, 1, …]
+    conditional: Tensor  # [B, …] the output that does not depend on the embedding
+    coef: Tensor  # [4] or [B, 4], a = 0
     dtype: torch.dtype
 
     def __call__(self, null: Tensor) -> Tensor:
@@ -139,7 +140,8 @@ class _Step(NamedTuple):
         halves = {k: told.get(f"negative_{k}", v) for k, v in told.items()}
         halves["prompt_embeds"] = null.to(self.dtype)
         model = self.bind(Conditioning(halves, self.conditioning.settings))
-        return self.known + self.gain * model(self.seen, self.time).float()
+        output = model(self.seen, self.time)
+        return ops.affine_update(self.z, self.z, self.coef, output, self.conditional)
 
 
 def _descend(

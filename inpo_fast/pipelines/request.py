@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..naming import naming
 from ..schedule import NoiseSchedule
 from .adapter import Adapter, Request, Size
 from .stable_diffusion import StableDiffusion, StableDiffusionControlNet, StableDiffusionXL
@@ -154,7 +155,8 @@ def make_schedule(
         )
     else:
         num_inference_steps = None
-    return adapter.schedule(num_inference_steps, timesteps, sigmas, size).fraction(strength)
+    with naming({"num_steps": "num_inference_steps"}):
+        return adapter.schedule(num_inference_steps, timesteps, sigmas, size).fraction(strength)
 
 
 def check_generators(generator: torch.Generator | list[torch.Generator] | None, batch: int) -> None:

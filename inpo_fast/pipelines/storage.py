@@ -1,8 +1,8 @@
 """Inversions on disk: one safetensors file with everything that the way back needs.
 
 A file holds the state, the image latents, the encoded prompts and, as text, what they belong to:
-pipeline class, checksums of its models, schedule, solver, prompts, guidance and settings. Loading
-compares them with the pipeline that is given and with what the caller expects.
+pipeline class, fingerprints of its models, schedule, solver, prompts, guidance and settings.
+Loading compares them with the pipeline that is given and with what the caller expects.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from ..solvers.program import unwarned
 from ..state import State, read_safetensors, write_safetensors
 from .adapter import Adapter, Conditioning, Request
-from .fingerprint import fingerprint
+from .fingerprint import Fingerprint, check_dtypes, fingerprint
 from .inversion import Inversion
-from .plan import Factory, Plan, make_plan
+from .plan import Factory, Plan, make_plan, resolve
 from .request import adapter_of, make_schedule
 
-FORMAT = "inpo_fast.inversion/1"
+FORMAT = "inpo_fast.inversion/2"
 
 _STATE = "state."
 _TOLD = "conditioning."
@@ -55,7 +55,7 @@ def save(inversion: Inversion, path: str | os.PathLike[str]) -> None:
     }
     header = {
         "pipeline": inversion.adapter.pipeline_class,
-        "models": inversion.models,
+        "models": dict(inversion.models),
         "grid": inversion.grid,
         "schedule": plan.schedule.fingerprint,
         "solver": plan.solver,
@@ -101,10 +101,13 @@ def load(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, of another version, made with another model, schedule or
-            solver, or not what is expected.
+        ValueError: not such a file, of another version, made with another model, dtype, schedule
+            or solver, or not what is expected.
+        TypeError: a solver that is neither a name nor a function, or unknown arguments.
     """
     name = os.fspath(path)
+    if solver is not None:
+        resolve(solver)
     _, fields = read_safetensors(path)
     if fields.get("format") != FORMAT:
         raise ValueError(
@@ -130,13 +133,18 @@ def _compare_models(path: str, header: Mapping[str, Any], adapter: Adapter) -> N
         raise ValueError(
             f"{path} was made with a {header['pipeline']}, got a {type(adapter.pipe).__name__}"
         )
-    models = {name: fingerprint(module) for name, module in adapter.modules().items()}
-    saved = header["models"]
+    saved, modules = _models(header), adapter.modules()
+    check_dtypes(path, saved, modules)
+    models = {name: fingerprint(module) for name, module in modules.items()}
     if other := sorted(n for n in models.keys() | saved.keys() if models.get(n) != saved.get(n)):
         raise ValueError(
             f"{path} was made with another model: the configuration, weights or adapters of "
             f"{', '.join(other)} differ from the pipeline's"
         )
+
+
+def _models(header: Mapping[str, Any]) -> dict[str, Fingerprint]:
+    return {name: Fingerprint(*fields) for name, fields in header["models"].items()}
 
 
 def _compare_expected(path: str, header: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -158,9 +166,15 @@ def _plan(
     """The file's programs, made anew and compared."""
     schedule = make_schedule(adapter, size=tuple(header["size"]), **header["grid"])
     parameters = {name: _restored(value) for name, value in header["parameters"].items()}
-    with unwarned():
-        # of its amplification whoever inverted was warned
-        plan = make_plan(header["solver"] if solver is None else solver, schedule, parameters)
+    try:
+        with unwarned():
+            # of its amplification whoever inverted was warned
+            plan = make_plan(header["solver"] if solver is None else solver, schedule, parameters)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} was made with solver {header['solver']!r} and its parameters {parameters}, "
+            f"from which no program can be made: {error}"
+        ) from error
     if plan.solver != header["solver"]:
         raise ValueError(f"{path} was made with solver {header['solver']!r}, got {plan.solver!r}")
     if header["updates"] < len(plan.to_noise.updates):
@@ -212,7 +226,7 @@ def _inversion(
         state_kind=header["state_kind"],
         compile=header["compile"],
         null_embeddings=tensors.get("null_embeddings"),
-        models=header["models"],
+        models=_models(header),
         grid=header["grid"],
         **header["report"],
     )

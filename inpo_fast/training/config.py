@@ -78,7 +78,9 @@ class PreferenceConfig:
 
     loss_type: str = _option("inpo", f"objective: {', '.join(OBJECTIVES)}")
     beta_dpo: float | None = _option(
-        None, "β; by default that of the objective's public script for SD1.5 (InPO: 2000)"
+        None,
+        "β; by default that of the objective's public script for SD1.5 (InPO: 2000); SmPO "
+        "multiplies it by 10 (2p - 1), with p = 1 for a pair that is no tie",
     )
     latents: str | None = _option(
         None,
@@ -123,7 +125,7 @@ class PreferenceConfig:
     lr_scheduler: str = _option(
         "constant_with_warmup", "a name that diffusers.optimization.get_scheduler knows"
     )
-    lr_warmup_steps: int = _option(100, "optimiser steps over which the learning rate rises")
+    lr_warmup_steps: int = _option(100, "optimiser steps over which the learning rate rises from 0")
     optimizer: Literal["adamw", "adafactor"] = _option(
         "adamw", "adafactor keeps no momentum and saves 8 bytes a weight less a little"
     )
@@ -202,9 +204,10 @@ class PreferenceConfig:
             raise ConfigError(f"loss_type={self.loss_type} has no beta_dpo, got {self.beta_dpo}")
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ConfigError("use_8bit_adam needs optimizer=adamw, got adafactor")
-        if self.ties == "soft" and self.loss_type not in _SOFT:
+        if self.ties == "soft" and OBJECTIVES[self.loss_type].probability is None:
+            soft = [name for name, objective in OBJECTIVES.items() if objective.probability]
             raise ConfigError(
-                f"ties=soft needs a loss_type that takes probabilities, one of {', '.join(_SOFT)}, "
+                f"ties=soft needs a loss_type that takes probabilities, one of {', '.join(soft)}, "
                 f"got {self.loss_type}"
             )
         if self.samples_per_inversion > 1 and self.source in ("q_sample", "official"):
@@ -261,9 +264,6 @@ class PreferenceConfig:
         as_tuples = {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
         return cls(**{**given, **as_tuples})
 
-
-_SOFT = ("inpo", "dpo", "smpo")
-"""Objectives that take the probability that the winner is better."""
 
 _Rule = tuple[str, Callable[[Any], bool], str]
 

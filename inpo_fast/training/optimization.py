@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,6 +56,62 @@ def make_optimizer(
         return eight_bit
     # fused: one kernel, and one that can leave a step out on the device
     return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def make_schedule(
+    config: PreferenceConfig, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning-rate schedule that the config names, as diffusers' scripts have it: warmed up,
+    its first step is at 0."""
+    from diffusers.optimization import get_scheduler
+
+    schedule: torch.optim.lr_scheduler.LambdaLR = get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total_steps,
+    )
+    return schedule
+
+
+def check_schedule(config: PreferenceConfig, total_steps: int | None) -> None:
+    """Refuse a schedule that does not exist or by which nothing is learnt.
+
+    Args:
+        config: of the run.
+        total_steps: of the run; None while it is not known.
+
+    Raises:
+        ConfigError: no such schedule, or one that is 0 in every step.
+
+    Warns:
+        UserWarning: the run ends before the learning rate has risen to its peak.
+    """
+    from diffusers.optimization import SchedulerType
+
+    # piecewise_constant needs rules that no flag can give
+    names = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+    if config.lr_scheduler not in names:
+        raise ConfigError(
+            f"lr_scheduler must be one of {', '.join(names)}, got {config.lr_scheduler!r}"
+        )
+    if total_steps is None:
+        return
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    factor = make_schedule(config, nothing, total_steps).lr_lambdas[0]
+    warmup = f"lr_warmup_steps={config.lr_warmup_steps}"
+    if not any(factor(step) for step in range(total_steps)):
+        raise ConfigError(
+            f"{warmup} leaves a run of {total_steps} optimiser steps at a learning rate of 0, with "
+            "which it would learn nothing: lower it"
+        )
+    last = factor(total_steps - 1)
+    if config.lr_warmup_steps >= total_steps and last < 1:
+        warnings.warn(
+            f"{warmup} is not over when the run ends after {total_steps} optimiser steps: its "
+            f"learning rate rises to {last:.0%} of learning_rate only",
+            stacklevel=3,
+        )
 
 
 class Stepper:

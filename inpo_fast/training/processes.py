@@ -17,8 +17,8 @@ def make_accelerator(config: PreferenceConfig) -> Any:
     """Accelerate's view of the processes.
 
     Raises:
-        ConfigError: a way of distribution that is not supported, or a precision that the device has
-            not.
+        ConfigError: a way of distribution that is not supported, a precision that the device has
+            not, or a tracker that is not installed.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -38,6 +38,12 @@ def make_accelerator(config: PreferenceConfig) -> Any:
         )
     except ValueError as error:
         raise ConfigError(f"mixed_precision or report_to cannot be: {error}") from error
+    if report is not None and not accelerator.log_with:
+        # accelerate warns only and trains without it
+        wanted, package = ("a tracker", "tensorboard") if report == "all" else (report, report)
+        raise ConfigError(
+            f"report_to={report} needs {wanted}, which is not installed: pip install {package}"
+        )
     kind = accelerator.distributed_type
     plugin = accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
     if kind == DistributedType.DEEPSPEED or (plugin is not None and plugin.fsdp_version != 2):

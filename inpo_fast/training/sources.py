@@ -207,7 +207,9 @@ def open_source(
         elif isinstance(source, str) and _is_name(source):
             opened = _load(source, split or "train", streaming)
         else:
-            raise DataError(f"source must be a file, a folder or a data set's name, got {source}")
+            raise DataError(
+                f"source must be a file, a folder or a data set's name, and there is no {source}"
+            )
     else:
         if split is not None or streaming:
             raise DataError(

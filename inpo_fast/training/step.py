@@ -156,9 +156,10 @@ class Learner:
         settings: dict[str, Any] = dict(self.objective.defaults)
         if self.config.beta is not None:
             settings["beta"] = self.config.beta
-        if "preference" in wanted:
+        # whatever `ties` is: pairs that were handed over may have soft labels
+        if self.objective.probability == "preference":
             settings["preference"] = batch.label
-        elif self.config.ties == "soft":
+        elif self.objective.probability == "label_smoothing":
             settings["label_smoothing"] = 1 - batch.label
         if "alphas_cumprod" in wanted:
             settings["alphas_cumprod"] = self._alphas_cumprod[call.timesteps]

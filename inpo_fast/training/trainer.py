@@ -23,7 +23,7 @@ from .config import ConfigError, PreferenceConfig
 from .metrics import measured_peak
 from .models import load_model
 from .opening import open_pairs
-from .optimization import Stepper, TrainingError, make_optimizer
+from .optimization import Stepper, TrainingError, check_schedule, make_optimizer, make_schedule
 from .order import BatchOrder
 from .processes import make_accelerator, memory_advice
 from .step import Learner, Networks
@@ -54,18 +54,13 @@ class PreferenceTrainer:
     """
 
     def __init__(self, config: PreferenceConfig, model: Any = None, dataset: Any = None) -> None:
-        from diffusers.optimization import SchedulerType
-
         self.config = config
         self.accelerator = accelerator = make_accelerator(config)
         self.dtype = _DTYPES[accelerator.mixed_precision]
         self.folder = Path(config.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"output_dir must be a folder, and {self.folder} is a file")
-        if config.lr_scheduler not in (names := [kind.value for kind in SchedulerType]):
-            raise ConfigError(
-                f"lr_scheduler must be one of {', '.join(names)}, got {config.lr_scheduler!r}"
-            )
+        check_schedule(config, config.max_train_steps)
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit, accelerator)
         resume = self.checkpoints.resolve(config.resume_from_checkpoint)
         if config.resume_from_checkpoint is None and (self.folder / CONFIG).exists():
@@ -79,6 +74,8 @@ class PreferenceTrainer:
         self.total_steps = config.max_train_steps or math.ceil(
             micro_batches / config.gradient_accumulation_steps
         )
+        if config.max_train_steps is None:
+            check_schedule(config, self.total_steps)
         self.step = 0
         """Optimiser steps done."""
         self.history: list[dict[str, float]] = []
@@ -105,7 +102,6 @@ class PreferenceTrainer:
 
     def _build(self, resume: Path | None) -> None:
         """Make policy, reference, optimiser and learning-rate schedule."""
-        from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
 
         config, accelerator = self.config, self.accelerator
@@ -149,12 +145,7 @@ class PreferenceTrainer:
         self.stepper = Stepper(
             self.optimizer, accelerator.scaler, config.max_grad_norm, sharded=self.sharded
         )
-        self.schedule = get_scheduler(
-            config.lr_scheduler,
-            optimizer=self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=self.total_steps,
-        )
+        self.schedule = make_schedule(config, self.optimizer, self.total_steps)
         self.ema: Any = None
         if config.use_ema:
             if self.sharded:
@@ -206,7 +197,7 @@ class PreferenceTrainer:
                     micro = self.step * accumulation + part
                     self.learner.learn(batch, micro, last=part == accumulation - 1)
                 self.learner.meter.add({"grad_norm": self.stepper.step()})
-                rate = self.schedule.get_last_lr()[0]
+                rate = float(self.schedule.get_last_lr()[0])
                 self.schedule.step()
                 if self.ema is not None:
                     self.ema.step(self.parameters)

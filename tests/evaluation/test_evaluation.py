@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 
 from inpo_fast import evaluation, shipped
 from inpo_fast.cli import main
-from inpo_fast.evaluation import scorers
+from inpo_fast.evaluation import command, scorers
 from inpo_fast.evaluation.compare import Comparison
 
 PROMPTS = shipped.held_out_prompts(2)
+PROMPTS_FILE = "\n\n".join(PROMPTS).encode()
 
 
 def test_wilson_intervals_of_the_literature():
@@ -164,8 +166,9 @@ def trained(tmp_path):
     return tmp_path / "trained"
 
 
-def run(tmp_path, candidate, *more):
-    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS))
+def run(tmp_path, candidate, *more, prompts=PROMPTS_FILE):
+    if prompts is not None:
+        (tmp_path / "prompts.txt").write_bytes(prompts)
     return main(
         [
             *("eval", str(candidate), "--prompts", str(tmp_path / "prompts.txt")),
@@ -202,6 +205,46 @@ def test_the_command_refuses_what_is_no_model(tmp_path, trained, capsys):
     shutil.rmtree(trained / "unet")
     assert run(tmp_path, trained) == 1
     assert "must hold pytorch_lora_weights.safetensors, unet/" in capsys.readouterr().err
+
+
+def test_prompts_that_a_scorer_cannot_judge_are_refused_before_anything_is_drawn(
+    tmp_path, capsys, monkeypatch
+):
+    def drawn(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    settings = evaluation.Settings((PROMPTS[0], "a cat"))
+    scorers = {name: evaluation.make_scorer(name) for name in ("jpeg-size", "attributes")}
+    with pytest.raises(ValueError, match=r"scorer attributes cannot judge .*got 'a cat'"):
+        evaluation.compare(drawn, drawn, settings, scorers)
+    del scorers["attributes"]
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        evaluation.compare(drawn, drawn, settings, scorers)
+
+    monkeypatch.setattr(command, "load_pipeline", drawn)
+    assert run(tmp_path, shipped.model_path(), prompts=b"a cat\n") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "scorer attributes cannot judge" in line and "'a cat'" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: .*No such file"),
+        (b"\xff\xfe\x00", "cannot be read: .*decode byte 0xff"),
+        (b" \n\n", "must have a line that is not empty"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_is_named_in_a_line(tmp_path, capsys, content, message):
+    assert run(tmp_path, tmp_path, prompts=content) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^inpo-fast eval: the prompts .*prompts.txt {message}", line)
+
+
+@pytest.mark.parametrize("flag", ["--num_inference_steps", "--num_seeds", "--batch_size"])
+def test_a_flag_is_named_as_it_was_typed(tmp_path, capsys, flag):
+    assert run(tmp_path, tmp_path, flag, "0") == 1
+    assert capsys.readouterr().err.startswith(f"inpo-fast eval: {flag} must")
 
 
 def test_settings_that_cannot_be():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,29 @@ def test_a_run_continues_from_its_middle():
 
     whole = sampler.run(z, callback=keep)
     assert sampler.run(middle[0]).equal(whole)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_capture_and_replay_one_after_the_other(shared):
+    """One sampler for both threads, or one each, captured in the same moment."""
+    model, program = denoiser(torch.float32), bdia(schedule(), direction="invert")
+    samples = [latents(), latents().flip(0)]
+    samplers = [Sampler(model, program, compile="graph") for _ in samples]
+    both, ends = threading.Barrier(2), [[], []]
+
+    def run(k):
+        both.wait(timeout=60)
+        # the first captures, the others replay
+        ends[k] = [samplers[0 if shared else k].run(samples[k]) for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for z, found in zip(samples, ends, strict=True):
+        expected = Sampler(model, program).run(z)
+        assert len(found) == 3 and all(end.equal(expected) for end in found)
 
 
 def test_nothing_in_the_loop_waits_for_the_device():

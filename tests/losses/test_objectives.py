@@ -33,6 +33,8 @@ def test_every_objective_has_a_case_and_the_registry_says_how_to_call_it():
         # what has no default is an input, or a setting that the registry proposes
         assert required == {*objective.inputs, *(objective.defaults.keys() & {"beta"})}, name
         assert objective.defaults.keys() <= parameters.keys()
+        taken = [key for key in ("preference", "label_smoothing") if key in parameters]
+        assert taken == ([objective.probability] if objective.probability else [])
 
 
 def close(value, rival, exact):

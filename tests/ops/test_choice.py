@@ -77,6 +77,8 @@ def refusal(impl, device):
         (["sm_90", "compute_90"], (8, 0), False),
         (["sm_100"], (10, 0), True),
         (["sm_100"], (1, 0), False),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100a", "compute_100a"], (10, 3), False),
         ([], (9, 0), False),
     ],
 )

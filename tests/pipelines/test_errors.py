@@ -83,9 +83,9 @@ def test_images(guarded, image, error, match):
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be finite"),
         ({"guidance_scale": "3"}, ValueError, "guidance_scale must be finite"),
         ({"guidance_scale": [True]}, ValueError, "guidance_scale must be finite"),
-        ({"num_inference_steps": 0}, ValueError, "at least 1, got 0"),
-        ({"num_inference_steps": 2.5}, TypeError, "must be an integer"),
-        ({"num_inference_steps": 1001}, ValueError, "at most the 1000"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": 2.5}, TypeError, "num_inference_steps must be an integer"),
+        ({"num_inference_steps": 1001}, ValueError, "num_inference_steps must be at most the 1000"),
         ({"num_inference_steps": 1}, ValueError, "at least 2 steps, got 1"),
         ({"num_inference_steps": 10, "strength": 0.1}, ValueError, "at least 2 steps"),
         ({"strength": 0}, ValueError, r"strength must be in \(0, 1\]"),
@@ -240,6 +240,20 @@ def test_edits(pipe):
         inversion.edit("a dog", gamma=1)
     with pytest.raises(ValueError, match="guidance_scale must be one number or 2"):
         inversion.edit("a dog", guidance_scale=[1.0])
+
+
+def test_a_pipeline_that_is_cast_after_the_inversion():
+    pipe = tiny.build("sd")
+    inversion = invert(pipe, tiny.images(), "a cat", num_inference_steps=2)
+    pipe.to(torch.bfloat16)
+    said = "the inversion was made with unet in float32, which the pipeline has in bfloat16"
+    with pytest.raises(ValueError, match=said):
+        inversion.reconstruct()
+    with pytest.raises(ValueError, match=said):
+        inversion.edit("a dog")
+    pipe.to(torch.float32)
+    pipe.vae.to(torch.bfloat16)  # on the way back only the pictures are its
+    inversion.edit("a dog")
 
 
 def test_an_error_in_a_callback_leaves_the_pipeline_as_it_was(pipe):

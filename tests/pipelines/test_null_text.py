@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from tqdm import tqdm
 
-from inpo_fast import NoiseSchedule, invert
+from inpo_fast import NoiseSchedule, Sampler, ddim, invert
+from inpo_fast.pipelines.adapter import Conditioning
+from inpo_fast.pipelines.null_text import null_text_embeddings
 from tests.pipelines import tiny
 
 GUIDANCE, STEPS, INNER, RATE, STOP = 7.5, 4, 3, 1e-2, 1e-5
@@ -131,6 +134,50 @@ def test_comes_nearer_than_ddim_under_guidance(pipe_of, name):
     start = inverted(pipe, num_inner_steps=1, early_stop=1e9)
     start.reconstruct(output_type="latent")
     assert optimised.latent_error < start.latent_error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("guidance", [GUIDANCE, (2.0, 7.5)])
+def test_the_optimised_path_is_that_of_the_way_back(pipe, guidance, dtype):
+    """To the bit, with a model whose bits do not depend on the size of its batch."""
+
+    def bind(told):
+        level = told.tensors["prompt_embeds"].float().mean(dim=(1, 2))[:, None, None, None]
+        return lambda sample, timestep: torch.tanh(sample * level.to(sample.dtype))
+
+    generator = torch.Generator().manual_seed(0)
+    text, null = torch.randn(2, 2, 3, 5, generator=generator)
+    told = Conditioning({"prompt_embeds": text.to(dtype), "negative_prompt_embeds": null.to(dtype)})
+    schedule = NoiseSchedule.from_diffusers(pipe.scheduler, STEPS)
+    program = ddim(schedule, direction="sample")
+    trajectory = [torch.randn(2, 4, 3, 3, generator=generator) for _ in range(STEPS + 1)]
+    path = []
+
+    class Recorded:
+        stopped = False
+        progress = staticmethod(lambda total, name: tqdm(total=total, disable=True))
+
+        @staticmethod
+        def done(timestep, sample):
+            path.append(sample())
+            return True
+
+    embeddings, _ = null_text_embeddings(
+        bind, told, program, guidance, trajectory, Recorded, dtype=dtype, early_stop=0.0
+    )
+    assert embeddings.dtype == dtype and not torch.equal(embeddings[0], embeddings[1])
+    step = iter(embeddings)
+
+    def guided(sample, timestep):
+        halves = sample.chunk(2)
+        both = [bind(Conditioning({"prompt_embeds": e})) for e in (next(step), text.to(dtype))]
+        return torch.cat([model(z, timestep) for model, z in zip(both, halves, strict=True)])
+
+    states = []
+    sampler = Sampler(guided, program, guidance_scale=guidance, state="float32", model_dtype=dtype)
+    sampler.run(trajectory[-1], callback=lambda i, u, state: states.append(state.sample().clone()))
+    assert len(path) == len(states) == STEPS
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(path, states, strict=True))
 
 
 def test_calls_and_report(pipe):

@@ -91,6 +91,36 @@ def test_commands(scene, picture, tmp_path, capsys):
     assert cli.main(["edit", str(written), *arguments]) == 0
     assert Image.open(output).size == (64, 64)
 
+    before = output.read_bytes()
+    arguments += ["--guidance", "1"]
+    assert cli.main(["edit", str(written), *arguments]) == 1
+    assert f"{output} exists" in capsys.readouterr().err and output.read_bytes() == before
+    assert cli.main(["edit", str(written), *arguments, "--overwrite"]) == 0
+    assert output.read_bytes() != before
+
+    assert cli.main(["edit", str(written), *arguments, "--overwrite", "--dtype", "bfloat16"]) == 1
+    assert "in float32, which the pipeline has in bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--steps", "1001"], "--steps must be at most the 1000 timesteps of the table"),
+        (["--steps", "1"], "--steps times strength must leave bdia at least 2 steps"),
+        (["--guidance", "nan"], "--guidance must be finite"),
+        (["--guidance", "1", "--solver", "null-text"], "--guidance must differ from 1"),
+    ],
+)
+def test_errors_name_the_flag_that_was_typed(arguments, message, picture, tmp_path, capsys):
+    pixels = (picture[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "scene.png")
+    given = [str(tmp_path / "scene.png"), "--output", str(tmp_path / "x.safetensors")]
+    assert cli.main(["invert", *given, *arguments]) == 1
+    # what loads the weights may say something before
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"inpo-fast invert: {message}")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -99,12 +99,42 @@ def test_a_factory_has_to_be_given_again(pipe, tmp_path):
     assert Inversion.load(tmp_path / "mine", pipe, solver=mine).reconstruct().bits_equal
 
 
+def test_a_wrong_solver_is_no_damage_to_the_file(path, pipe, tmp_path):
+    def mine(schedule, *, direction):
+        return SOLVERS["bdia"](schedule, direction=direction)
+
+    with pytest.raises(TypeError, match="solver must be a name or a function, got int"):
+        Inversion.load(path, pipe, solver=3)
+    with pytest.raises(ValueError, match=r"solver must be one of .*got 'euler'"):
+        Inversion.load(path, pipe, solver="euler")
+    said = r"with solver 'bdia' and its parameters \{'gamma': 0.94\}, from which no program can"
+    with pytest.raises(ValueError, match=f"{said} be made: .*unexpected keyword argument 'gamma'"):
+        Inversion.load(path, pipe, solver=mine)
+    other = rewritten(path, tmp_path / "other", parameters={"gamma": "much"})
+    with pytest.raises(ValueError, match=r"parameters \{'gamma': 'much'\}, from which no program"):
+        Inversion.load(other, pipe)
+    other = rewritten(path, tmp_path / "other", solver=3)
+    with pytest.raises(ValueError, match=r"with solver 3 .* solver must be a name or a function"):
+        Inversion.load(other, pipe)
+
+
 @pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
 def test_another_model(path, name):
     other = tiny.build("sd")
     with torch.no_grad():
         next(getattr(other, name).parameters()).view(-1)[3] += 1e-3
     with pytest.raises(ValueError, match=f"another model: .* of {name} differ"):
+        Inversion.load(path, other)
+
+
+def test_another_dtype_is_named(path):
+    other = tiny.build("sd").to(torch.bfloat16)
+    said = "text_encoder, unet, vae in float32, which the pipeline has in bfloat16: use the same"
+    with pytest.raises(ValueError, match=said):
+        Inversion.load(path, other)
+    other = tiny.build("sd")
+    other.vae.to(torch.float64)
+    with pytest.raises(ValueError, match="with vae in float32, which the pipeline has in float64"):
         Inversion.load(path, other)
 
 
@@ -150,7 +180,7 @@ def rewritten(path, target, **changes):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"format": "inpo_fast.inversion/0"}, "not an inversion of this version"),
+        ({"format": "inpo_fast.inversion/1"}, "not an inversion of this version"),
         ({"inversion": "{"}, "damaged header"),
         ({"inversion": "{}"}, "damaged header"),
         ({"program": "0"}, "another version of the solver 'bdia'"),

@@ -8,6 +8,7 @@ import pytest
 
 from inpo_fast.cli import main
 from inpo_fast.training.config import ConfigError, PreferenceConfig
+from inpo_fast.training.optimization import check_schedule
 
 
 def parsed(*flags):
@@ -65,7 +66,7 @@ def test_every_field_has_a_flag_with_help(capsys):
         ({"latents": "magic"}, "latents must be one of q_sample, .*got 'magic'"),
         ({"proportion_empty_prompts": 1.5}, "proportion_empty_prompts must be in .0, 1., got 1.5"),
         ({"use_8bit_adam": True, "optimizer": "adafactor"}, "use_8bit_adam needs optimizer=adamw"),
-        ({"ties": "soft", "loss_type": "ipo"}, "ties=soft needs a loss_type .*inpo, dpo, smpo"),
+        ({"ties": "soft", "loss_type": "ipo"}, "ties=soft needs a loss_type .*inpo, smpo, dpo"),
         ({"loss_type": "sft", "beta_dpo": 1.0}, "loss_type=sft has no beta_dpo"),
         ({"samples_per_inversion": 2, "latents": "q_sample"}, "samples_per_inversion must be 1"),
         ({"inversion_eta": 0.1, "latents": "bdia"}, "inversion_eta needs latents=ddim"),
@@ -89,6 +90,38 @@ def test_eight_bit_adam_says_what_to_install(monkeypatch):
     parameter = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         make_optimizer(PreferenceConfig(use_8bit_adam=True), [parameter], 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "total", "rate"),
+    [
+        ({"lr_warmup_steps": 4}, 4, "75%"),
+        ({"lr_warmup_steps": 100}, 2, "1%"),
+        ({"lr_warmup_steps": 10, "lr_scheduler": "cosine"}, 5, "40%"),
+        ({"lr_warmup_steps": 3}, 4, None),
+        ({"lr_warmup_steps": 0}, 1, None),
+        ({"lr_warmup_steps": 0, "lr_scheduler": "linear"}, 1, None),
+        ({"lr_warmup_steps": 100, "lr_scheduler": "constant"}, 1, None),
+        ({"lr_warmup_steps": 100}, None, None),
+    ],
+)
+def test_a_run_that_ends_in_its_warmup_warns(changes, total, rate, recwarn):
+    config = PreferenceConfig(**changes)
+    check_schedule(config, total)
+    said = [str(warning.message) for warning in recwarn]
+    if rate is None:
+        assert said == []
+    else:
+        (line,) = said
+        assert line.startswith(f"lr_warmup_steps={config.lr_warmup_steps} is not over when the run")
+        assert f"after {total} optimiser steps" in line and f"rises to {rate} of" in line
+
+
+@pytest.mark.parametrize("lr_scheduler", ["constant_with_warmup", "linear", "cosine", "polynomial"])
+def test_a_run_at_learning_rate_0_is_refused(lr_scheduler):
+    config = PreferenceConfig(lr_warmup_steps=1, lr_scheduler=lr_scheduler)
+    with pytest.raises(ConfigError, match="lr_warmup_steps=1 leaves a run of 1 optimiser steps"):
+        check_schedule(config, 1)
 
 
 def test_what_may_change_when_a_run_is_resumed():
@@ -132,9 +165,18 @@ def test_a_missing_column_is_named(capsys, tmp_path):
     [
         (["--output_dir", __file__], "output_dir must be a folder, and"),
         (["--lr_scheduler", "cosin"], "lr_scheduler must be one of linear, cosine"),
+        (["--lr_scheduler", "piecewise_constant"], "lr_scheduler must be one of linear, cosine"),
+        (["--max_train_steps", "1"], "lr_warmup_steps=100 leaves a run of 1 optimiser steps at a"),
+        (["--report_to", "wandb"], "report_to=wandb needs wandb, which is not installed: pip inst"),
+        (["--report_to", "all"], "report_to=all needs a tracker, which is not installed: pip inst"),
+        (["--report_to", "wanda"], "mixed_precision or report_to cannot be: Unsupported logging"),
     ],
 )
-def test_mistakes_are_found_before_the_model_is_loaded(flags, message, capsys, tmp_path):
+def test_mistakes_are_found_before_the_model_is_loaded(
+    flags, message, capsys, tmp_path, monkeypatch
+):
+    # no tracker is installed
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     given = ["--pretrained_model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path)]
     assert main(["train", *given, *flags]) == 1
     assert capsys.readouterr().err.startswith(f"inpo-fast train: {message}")

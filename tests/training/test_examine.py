@@ -101,7 +101,7 @@ def test_command_prints_text(path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.parquet"], "source must be a file, a folder or a data set's name"),
+        (["nowhere.parquet"], "a data set's name, and there is no nowhere.parquet"),
         (["SOURCE", "--ties", "error"], "row 2 is a tie"),
         (["SOURCE", "--resolution", "30"], "positive multiples of 8, got 30,30"),
         (["SOURCE", "--split", "test"], "has no splits, got split test"),

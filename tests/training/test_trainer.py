@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from inpo_fast.losses import OBJECTIVES
 from inpo_fast.training import policy
 from inpo_fast.training.batch import PairBatch
 from inpo_fast.training.config import ConfigError
@@ -227,11 +228,25 @@ def test_one_path_trains_at_several_levels(model, tmp_path, source):
     assert history[-1]["margin_mean"] != 0
 
 
-def test_a_soft_tie_has_no_gradient_at_the_start(model, tmp_path):
+@pytest.mark.parametrize("ties", ["soft", "drop"])
+@pytest.mark.parametrize("loss", [n for n, o in OBJECTIVES.items() if o.probability])
+def test_a_soft_tie_has_no_gradient_at_the_start(model, tmp_path, loss, ties):
+    """By the labels of the pairs that are given, whatever would be done with ties of others."""
     data = tiny.pairs()
     data._label.fill_(0.5)
-    run = trainer(model, tmp_path, data, ties="soft", max_train_steps=1)
-    assert run.train()[0]["grad_norm"] == 0
+    options = {"loss_type": loss, "ties": ties, "inversion_steps": 1, "max_train_steps": 1}
+    options |= {"train_batch_size": len(data)}
+    assert trainer(model, tmp_path / "a", data, **options).train()[0]["grad_norm"] == 0
+    data._label[0] = 1
+    assert trainer(model, tmp_path / "b", data, **options).train()[0]["grad_norm"] > 0
+
+
+def test_epochs_that_end_before_the_learning_rate_has_risen(model, tmp_path):
+    options = {"max_train_steps": None, "train_batch_size": 12, "lr_warmup_steps": 100}
+    with pytest.raises(ConfigError, match="lr_warmup_steps=100 leaves a run of 1 optimiser steps"):
+        trainer(model, tmp_path, **options)
+    with pytest.warns(UserWarning, match="lr_warmup_steps=100 is not over .* after 2 optimiser"):
+        trainer(model, tmp_path, num_train_epochs=2, **options)
 
 
 def test_epochs_and_the_scaled_learning_rate(model, tmp_path):
