@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from benchmarks import official, training_loop
 from benchmarks.common import Row
 from benchmarks.training_loop import Setting, batches, micro_steps, synchronize, wall_clock
+from inpo_fast.determinism import reproducible_training
 from inpo_fast.training import PreferenceTrainer, draws, policy
 from inpo_fast.training.families import Conditioning
 from inpo_fast.training.metrics import measured_peak
@@ -81,7 +83,14 @@ def model_rows(name: str, given: Setting, device: str, quick: bool) -> Iterator[
     print(f"     {name}: both compute the same loss (largest difference {ratio:.2f} of the bound)")
     release(device)
     yield rate(f"{name}, official step", rival)
+    with reproducible_training():  # as `PreferenceTrainer.train` does it
+        yield from our_rows(name, given, device, quick, rival, least)
 
+
+def our_rows(
+    name: str, given: Setting, device: str, quick: bool, rival: Timed, least: float
+) -> Iterator[Row]:
+    """Yield the trainer's rows against the official step."""
     trainer = training_loop.make_trainer(given, device)
     ours = Ours(trainer, device, least)
     sizes = {}
@@ -111,7 +120,7 @@ def model_rows(name: str, given: Setting, device: str, quick: bool) -> Iterator[
         label = f"{name}, micro-batch of {pairs} pairs, samples_per_inversion {samples}"
         yield rate(label, best[samples], target=SPEEDUP[name].get(samples), official=rival)
         yield utilisation(f"{label}, rate of the whole step", name, ours, best[samples], peak)
-        yield overhead(label, best[samples], ours.calls_alone(pairs, samples))
+        yield overhead(label, *ours.against_calls(pairs, samples))
     if name == "sd15":
         levers = Levers(name, ours, pairs, best)
         yield levers.compilation(eager, plain[pairs] / compiled)
@@ -119,7 +128,6 @@ def model_rows(name: str, given: Setting, device: str, quick: bool) -> Iterator[
         yield levers.buckets()
         yield levers.cache(given, device)
         yield levers.batching(plain[1] / plain[pairs])
-        yield levers.channels_last()
 
 
 class Ours:
@@ -217,15 +225,25 @@ class Ours:
         job()
         return wall_clock(job, self.device, least=self.least / 8) / pairs
 
-    def calls_alone(self, pairs: int, samples: int) -> float:
-        """Seconds of a micro-step's model calls and backwards with nothing between them."""
+    def against_calls(self, pairs: int, samples: int) -> tuple[float, float]:
+        """Seconds of a micro-step, and of its model calls and backwards with nothing between them.
+
+        In turns, because a card that gets warm slows down by more than what lies between.
+        """
         learner = self.learner(samples)
+        learner._flops = self.trainer.learner._flops
         networks, (call, told) = learner.networks, self.told(pairs)
         assert networks.reference is not None
         gradient = torch.ones_like(call.latents) / call.latents.numel()
-        depths = [calls_before_the_last(learner, pairs, n) for n in micro_steps(learner, pairs)]
+        numbers = micro_steps(learner, pairs)
+        depths = [calls_before_the_last(learner, pairs, number) for number in numbers]
+        loader = batches(self.trainer, pairs)
 
-        def job() -> None:
+        def whole() -> None:
+            for number in numbers:
+                learner.learn(next(loader), number, last=True)
+
+        def alone() -> None:
             for depth in depths:
                 with torch.no_grad():
                     for _ in range(depth + 1 - samples):
@@ -235,7 +253,15 @@ class Ours:
                 for _ in range(samples):
                     learner._predict(networks.wrapped, call, told).backward(gradient)
 
-        return wall_clock(job, self.device, least=self.least) / len(depths)
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for job in (whole, alone):
+            job()
+        began = time.perf_counter()
+        while not seconds[0] or time.perf_counter() - began < 2 * self.least:
+            for job, taken in zip((whole, alone), seconds, strict=True):
+                taken.append(wall_clock(job, self.device, least=0.0) / len(numbers))
+        learner.meter.read(lambda mean: mean)
+        return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
 def calls_before_the_last(learner: Learner, pairs: int, number: int) -> int:
@@ -328,17 +354,6 @@ class Levers:
         return self.row(
             "micro-batches", without.sample / self.best[self.top].sample, forward, samples=self.top
         )
-
-    def channels_last(self) -> Row:
-        """What the trainer leaves to who loads the model: convolutions on the other layout."""
-        networks = self.ours.trainer.learner.networks
-        for module in (networks.policy, networks.reference):
-            assert module is not None
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ours.trainer.optimizer.zero_grad(set_to_none=True)
-        with_it = self.ours.timed(self.pairs, self.top)
-        measured = self.best[self.top].sample / with_it.sample
-        return self.row("channels last (not in the best)", measured, 1.0, samples=self.top)
 
 
 def official_step(given: Setting, device: str, least: float) -> tuple[Timed, float]:
@@ -523,7 +538,7 @@ def scaling_rows(device: str, quick: bool) -> Iterator[Row]:
         one, two = (found[processes]["samples_per_second"] for processes in (1, 2))
         pairs = found[2]["pairs"]
         yield Row(
-            case=f"sd15, 2 processes, {accumulation} micro-batches of {pairs} pairs a step",
+            case=f"sd15, eager, 2 processes, {accumulation} micro-batches of {pairs} pairs a step",
             metric="samples of both devices, DDP, optimiser included",
             unit="samples/s",
             ours=two,
@@ -563,15 +578,15 @@ def utilisation(case: str, name: str, ours: Ours, timed: Timed, peak: float) -> 
     )
 
 
-def overhead(case: str, whole: Timed, alone: float) -> Row:
+def overhead(case: str, whole: float, alone: float) -> Row:
     """A row of the micro-step against its model calls alone."""
     return Row(
         case=f"{case}, against its model calls alone",
         metric="wall clock of a micro-step",
         unit="s",
-        ours=whole.micro,
+        ours=whole,
         rivals={"model calls alone": alone},
-        ratios={"model calls alone": alone / whole.micro},
+        ratios={"model calls alone": alone / whole},
         target={"model calls alone": 1 / (1 + OVERHEAD)},
     )
 

@@ -3,7 +3,7 @@
 
 ``python -m torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.train_scaling
 --device cuda`` prints a line of JSON: samples/s of all processes together, SD1.5, full fine-tuning
-with compiled blocks, gradients exchanged once an optimiser step.
+eager, gradients exchanged once an optimiser step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ def main() -> None:
     trainer = training_loop.make_trainer(
         given,
         options.device,
-        compile="none" if options.quick else "blocks",
         gradient_accumulation_steps=options.accumulation,
     )
     learner, accelerator = trainer.learner, trainer.accelerator
