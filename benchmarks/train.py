@@ -105,11 +105,17 @@ def our_rows(
         yield rate(f"{name}, eager, micro-batch of {pairs} pairs", sizes[pairs], official=rival)
     pairs = min(sizes, key=lambda size: sizes[size].sample)
     eager = sizes[pairs]
-    plain = {count: ours.forward(count) for count in dict.fromkeys((1, pairs))}
+    levers = Levers(name, ours, pairs)
+    plain = ours.forward(pairs)
+    if name == "sd15":
+        yield levers.batching(eager, ours.forward(1) / plain)
 
     if not quick:  # on a CPU tiny blocks take minutes to compile too
         for module in (trainer.policy, trainer.learner.networks.reference):
             policy.compile_model(module, "blocks", trainer.model.family.blocks)
+    # the weights may have another layout now; the trainer compiles before it makes the optimiser
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.optimizer.state.clear()
     seconds = compile_seconds(ours, pairs)
     yield Row(f"{name}, first micro-step with compilation", "wall clock", "s", seconds, {}, {})
     compiled = ours.forward(pairs)
@@ -122,12 +128,10 @@ def our_rows(
         yield utilisation(f"{label}, rate of the whole step", name, ours, best[samples], peak)
         yield overhead(label, *ours.against_calls(pairs, samples))
     if name == "sd15":
-        levers = Levers(name, ours, pairs, best)
-        yield levers.compilation(eager, plain[pairs] / compiled)
-        yield levers.reuse()
-        yield levers.buckets()
-        yield levers.cache(given, device)
-        yield levers.batching(plain[1] / plain[pairs])
+        yield levers.compilation(eager, best, plain / compiled)
+        yield levers.reuse(best)
+        yield levers.buckets(best)
+        yield levers.cache(best, given, device)
 
 
 class Ours:
@@ -290,9 +294,8 @@ class Levers:
     and batching take the time of one forward without gradient for all the model does.
     """
 
-    def __init__(self, name: str, ours: Ours, pairs: int, best: dict[int, Timed]) -> None:
-        self.name, self.ours, self.pairs, self.best = name, ours, pairs, best
-        self.top = max(best)
+    def __init__(self, name: str, ours: Ours, pairs: int) -> None:
+        self.name, self.ours, self.pairs = name, ours, pairs
 
     def row(self, lever: str, measured: float, predicted: float, *, samples: int) -> Row:
         return Row(
@@ -311,15 +314,23 @@ class Levers:
     def mean_depth(self, samples: int) -> float:
         return self.ours.learner(samples).timesteps.mean_calls
 
-    def compilation(self, eager: Timed, forward: float) -> Row:
-        return self.row("compiled blocks", eager.sample / self.best[1].sample, forward, samples=1)
+    def batching(self, eager: Timed, forward: float) -> Row:
+        """Against micro-batches of one pair, as the script has them; without compilation, which
+        would begin anew for another size."""
+        without = self.ours.timed(1, 1)
+        gain = without.sample / eager.sample
+        return self.row("micro-batches, eager", gain, forward, samples=1)
 
-    def reuse(self) -> Row:
-        once, often = (self.forwards(self.mean_depth(s), s) for s in (1, self.top))
-        measured = self.best[1].sample / self.best[self.top].sample
-        return self.row("trajectory reuse", measured, once / often, samples=self.top)
+    def compilation(self, eager: Timed, best: dict[int, Timed], forward: float) -> Row:
+        return self.row("compiled blocks", eager.sample / best[1].sample, forward, samples=1)
 
-    def buckets(self) -> Row:
+    def reuse(self, best: dict[int, Timed]) -> Row:
+        top = max(best)
+        once, often = (self.forwards(self.mean_depth(s), s) for s in (1, top))
+        measured = best[1].sample / best[top].sample
+        return self.row("trajectory reuse", measured, once / often, samples=top)
+
+    def buckets(self, best: dict[int, Timed]) -> Row:
         """Without buckets a micro-batch is as deep as its deepest pair."""
         ours, pairs, learner = self.ours, self.pairs, self.ours.learner(1)
         most = learner.timesteps.max_steps
@@ -334,26 +345,18 @@ class Levers:
 
         micro = wall_clock(job, ours.device, least=ours.least) / len(numbers)
         learner.meter.read(lambda mean: mean)
-        return self.row("depth buckets", micro / self.best[1].micro, predicted, samples=1)
+        return self.row("depth buckets", micro / best[1].micro, predicted, samples=1)
 
-    def cache(self, given: Setting, device: str) -> Row:
+    def cache(self, best: dict[int, Timed], given: Setting, device: str) -> Row:
         """Without a cache images and captions are encoded in the step, in bfloat16."""
         encode = official.encoders(given.model, device, torch.bfloat16)
         pixels, tokens = images(encode, self.pairs, device)
         encode(pixels, tokens)
         alone = wall_clock(lambda: encode(pixels, tokens), device, least=self.ours.least / 8)
-        without = self.ours.timed(self.pairs, self.top, before=lambda: encode(pixels, tokens))
-        best = self.best[self.top]
-        return self.row(
-            "cache", without.sample / best.sample, 1 + alone / best.micro, samples=self.top
-        )
-
-    def batching(self, forward: float) -> Row:
-        """Micro-batches of one pair, as the script has them."""
-        without = self.ours.timed(1, self.top)
-        return self.row(
-            "micro-batches", without.sample / self.best[self.top].sample, forward, samples=self.top
-        )
+        top = max(best)
+        without = self.ours.timed(self.pairs, top, before=lambda: encode(pixels, tokens))
+        gain = without.sample / best[top].sample
+        return self.row("cache", gain, 1 + alone / best[top].micro, samples=top)
 
 
 def official_step(given: Setting, device: str, least: float) -> tuple[Timed, float]:

@@ -43,9 +43,9 @@ class Setting:
 
 
 SETTINGS = {
-    "sd15": Setting("sd15", (8, 16), 2000.0, {}),
+    "sd15": Setting("sd15", (16,), 2000.0, {}),
     "sdxl": Setting(
-        "sdxl", (4, 8), 5000.0, {"optimizer": "adafactor", "gradient_checkpointing": True}
+        "sdxl", (8,), 5000.0, {"optimizer": "adafactor", "gradient_checkpointing": True}
     ),
 }
 
