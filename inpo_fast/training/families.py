@@ -110,13 +110,11 @@ def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)
 
 
-# a transformer of SD1.x and 2.x has one layer, one of SDXL up to ten
-_UNET_BLOCKS = ("Transformer2DModel", "ResnetBlock2D")
-_UNET_XL_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+_UNET_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 FAMILIES: Mapping[str, Family] = {
     "StableDiffusionPipeline": Family("unet", _unet, _UNET_BLOCKS, full=True),
-    "StableDiffusionXLPipeline": Family("unet", _unet_xl, _UNET_XL_BLOCKS, full=True),
+    "StableDiffusionXLPipeline": Family("unet", _unet_xl, _UNET_BLOCKS, full=True),
     "StableDiffusion3Pipeline": Family("transformer", _sd3, ("JointTransformerBlock",), full=False),
     "FluxPipeline": Family(
         "transformer", _flux, ("FluxTransformerBlock", "FluxSingleTransformerBlock"), full=False

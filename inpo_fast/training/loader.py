@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,27 @@ class PairData(ABC):
             # a fork of a process with threads (torch's, pyarrow's) or CUDA can hang
             multiprocessing_context="spawn" if num_workers else None,
         )
-        return (self._finish(items, randomness, device) for items in loader)
+        return (self._finish(items, randomness, device) for items in _ahead(loader, device))
+
+
+def _ahead(items: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The items, each made in a thread while the one before it is used."""
+    # here, as an iterator of a `DataLoader` draws from the caller's generator when it is made
+    source, end = iter(items), object()
+    gpu = None
+    if device.type == "cuda":
+        gpu = torch.cuda.current_device() if device.index is None else device.index
+
+    def begin() -> None:
+        # a thread has the first GPU as its current one, and pins memory for it
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+
+    with ThreadPoolExecutor(1, "inpo-fast-batches", initializer=begin) as thread:
+        coming = thread.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, source, end)
+            yield item
 
 
 class _Steps:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from .config import ConfigError
-from .norms import by_rows
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -98,8 +97,7 @@ def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:
     """Compile in place, so that no name of a weight changes.
 
     Args:
-        mode: `full`, or `blocks`: only modules of the classes `blocks`, which share their graphs,
-            and the group norms between them.
+        mode: `full`, or `blocks`: only modules of the classes `blocks`, which share their graphs.
 
     Raises:
         ConfigError: there is no such block.
@@ -109,11 +107,6 @@ def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:
         parts = [module for module in model.modules() if type(module).__name__ in blocks]
         if not parts:
             raise ConfigError(f"compile=blocks needs blocks of {', '.join(blocks)}, got none")
-        inside = {id(module) for part in parts for module in part.modules()}
-        parts += [m for m in model.modules() if type(m) is nn.GroupNorm and id(m) not in inside]
-    by_rows(model)
-    # convolutions want channels last, and inside a graph group norms no longer mind
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # Every block has a graph for each of its shapes, with and without gradient, and all are kept
     # with the one function that calls a module. One too many must not fall back unnoticed.
     torch._dynamo.config.recompile_limit = 128

@@ -1,12 +1,14 @@
 """Batches of encoded pairs in memory: layout, sampling and what the draws depend on."""
 
+import gc
 import itertools
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from inpo_fast.training import MemoryPairs, Scaling
+from inpo_fast.training import DataError, MemoryPairs, Scaling
 
 N, SHAPE = 10, (2, 4, 3, 2)
 
@@ -172,3 +174,59 @@ def test_dropping_captions_needs_the_empty_prompt():
         take(data, 1, proportion_empty_prompts=1.0)
     with pytest.raises(ValueError, match=r"proportion_empty_prompts must be in \[0, 1\], got 1.5"):
         take(data, 1, proportion_empty_prompts=1.5)
+
+
+class Watched(MemoryPairs):
+    """Counts the pairs that were read, and fails at one of them."""
+
+    def __init__(self, *args, fail_at=None, **options):
+        super().__init__(*args, **options)
+        self.count, self.fail_at = 0, fail_at
+        self.progress = threading.Condition()
+
+    def read(self, position, **options):
+        with self.progress:
+            if self.count == self.fail_at:
+                raise DataError("no such pair")
+            self.count += 1
+            self.progress.notify_all()
+        return super().read(position, **options)
+
+
+def watched(**options):
+    return Watched(normal(0, 8, *SHAPE), None, {"prompt_embeds": normal(1, 8, 3)}, **options)
+
+
+def threads():
+    """Of loaders."""
+    return sum("inpo-fast-batches" in thread.name for thread in threading.enumerate())
+
+
+def test_the_next_batch_is_made_while_one_is_used():
+    data = watched()
+    batches = data.loader(data.order(batch_size=2))
+    next(batches)
+    with data.progress:
+        assert data.progress.wait_for(lambda: data.count == 4, timeout=60)
+        # and no more than one
+        assert not data.progress.wait_for(lambda: data.count > 4, timeout=0.2)
+
+
+def test_an_error_comes_at_its_batch():
+    data = watched(fail_at=3)
+    batches = data.loader(data.order(batch_size=2))
+    next(batches)
+    with pytest.raises(DataError, match="no such pair"):
+        next(batches)
+
+
+def test_a_loader_that_is_closed_ends_its_thread():
+    data = watched()
+    gc.collect()
+    before = threads()
+    batches = data.loader(data.order(batch_size=2))
+    next(batches)
+    assert threads() == before + 1
+    del batches
+    gc.collect()
+    assert threads() == before

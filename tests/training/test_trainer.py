@@ -299,8 +299,9 @@ def test_compiled_blocks_train_alike_and_leave_no_trace(
     assert again[0]["policy_winner"] == again[0]["reference_winner"]
     assert again[0]["loss"] == logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert again[0]["margin_mean"] == 0.0
-    # group norms by rows, and the decomposed backward, round in another order
-    assert again[0]["policy_winner"] == pytest.approx(logged[0]["policy_winner"], rel=1e-6)
+    # and those of no compilation
+    assert again[0]["policy_winner"] == logged[0]["policy_winner"]
+    # the decomposed backward rounds in another order
     assert again[1]["policy_winner"] == pytest.approx(logged[1]["policy_winner"], rel=1e-4)
     names = compiled.policy.state_dict().keys()
     assert names == plain.policy.state_dict().keys()
