@@ -145,11 +145,15 @@ def _ahead(items: Iterable[Any], device: torch.device) -> Iterator[Any]:
         if gpu is not None:
             torch.cuda.set_device(gpu)
 
-    with ThreadPoolExecutor(1, "inpo-fast-batches", initializer=begin) as thread:
+    thread = ThreadPoolExecutor(1, "inpo-fast-batches", initializer=begin)
+    try:
         coming = thread.submit(next, source, end)
         while (item := coming.result()) is not end:
             coming = thread.submit(next, source, end)
             yield item
+    finally:
+        # not waited for: the garbage collector may drop this generator in that very thread
+        thread.shutdown(wait=False)
 
 
 class _Steps:
