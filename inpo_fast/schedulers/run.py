@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..sampler import State
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, Point
 from ..solvers import Program
 from ..solvers.program import Stages, model_update, unwarned
 
@@ -28,23 +28,39 @@ class Plan:
 
     Attributes:
         schedule, program: what is run.
+        limit: what the entries of x̂ are clamped to, None for no clamping.
         times: the timestep of every model call.
     """
 
-    def __init__(self, schedule: NoiseSchedule, program: Program) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule, program: Program, limit: float | None = None
+    ) -> None:
         self.schedule = schedule
         self.program = program
+        self.limit = limit
         self._nodes = [u.node for u in program.updates if u.node is not None]
         self.times = [int(u.timestep) for u in program.updates if u.node is not None]
         self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Rows, Rows]] = {}
 
     def clean(self, call: int, output: Tensor, sample: Tensor) -> Tensor:
-        """[B, …] x̂ from the model's output at `sample`, at the noise level of the call's timestep;
-        in the dtype of `sample`."""
-        dtype = track_dtype(sample)
-        _, denoising = self.rows(sample.device, dtype)
-        z = sample.to(dtype)
-        return ops.affine_update(z, z, denoising[call], output).to(sample.dtype)
+        """[B, …] x̂ from the model's output at `sample`, at the noise level of the call's timestep,
+        clamped where the plan does; in the dtype of `sample`."""
+        clean = self.denoised(call, output, sample.to(track_dtype(sample)))
+        return (clean if self.limit is None else self.clamp(clean)).to(sample.dtype)
+
+    def denoised(self, call: int, output: Tensor, z: Tensor) -> Tensor:
+        """[B, …] x̂ as it is, for z in the dtype of a track."""
+        _, denoising = self.rows(z.device, z.dtype)
+        return ops.affine_update(z, z, denoising[call], output)
+
+    def clamp(self, clean: Tensor) -> Tensor:
+        """[B, …] x̂ within the limit."""
+        assert self.limit is not None
+        return clean.clamp(-self.limit, self.limit)
+
+    def level(self, call: int) -> Point:
+        """The noise level of a call's timestep."""
+        return self.schedule.point(self._nodes[call])
 
     def rows(self, device: torch.device, dtype: torch.dtype) -> tuple[Rows, Rows]:
         """Rows [4] for the operators, one for every update, and one for every model call that gives
@@ -159,7 +175,10 @@ class Run:
     def shown(self, dtype: torch.dtype) -> Tensor:
         """[B, …] the sample that the model has to see next, or the result; never a view of a
         track."""
-        track, scale = self._tracks[self._reading], self._held[self._reading]
+        return self._sample(self._reading, dtype)
+
+    def _sample(self, j: int, dtype: torch.dtype) -> Tensor:
+        track, scale = self._tracks[j], self._held[j]
         assert scale is not None
         if scale != 1:
             return (track.double() * scale).to(dtype)
@@ -180,7 +199,7 @@ class Run:
         self._tracks = [track.to(sample.device) for track in self._tracks]
         self._take(sample)
         clean = self.plan.clean(self.done, output, sample)
-        self._update(rows, output)
+        self._update(rows, output if self.plan.limit is None else self._clip(output))
         self.done += 1
         self._settle(rows)
         self._shown = self.shown(sample.dtype)
@@ -228,6 +247,31 @@ class Run:
             return
         same = sample == self._shown.to(sample.device, sample.dtype)
         self._tracks[reading] = torch.where(same, self._tracks[reading], fresh)
+
+    def _clip(self, output: Tensor) -> Tensor:
+        """Clamp the x̂ that the next update uses: with Δ = clamp(x̂) − x̂ move its track by α Δ in z,
+        and return the output m + k Δ with which the field has the same ε̂.
+
+        A two-step solver steps from the track that the model saw; of coupled tracks each takes its
+        own step, with the ε̂ that the model saw in the other one.
+        """
+        plan, j, at = self.plan, self._reading, self.plan.level(self.done)
+        shown = self.shown(self._dtype)
+        clean = plan.denoised(self.done, output, shown)
+        # coupled tracks start as copies of one sample, without a call
+        coupled = plan.program.updates[0].node is None
+        if coupled:
+            j = 1 - j
+            clean = clean + (self._sample(j, self._dtype) - shown) / float(at.scale)
+        change = plan.clamp(clean) - clean
+        scale = self._held[j]
+        assert scale is not None
+        self._tracks[j] = self._tracks[j] + float(at.alpha / scale) * change
+        # F = field_z z + field_m m is ε̂, in the velocity form ε̂ − x̂
+        gain = -1.0 if plan.schedule.velocity_form else 0.0
+        seen = 0.0 if coupled else at.field_z * at.alpha
+        k = float((gain - seen) / at.field_m)
+        return output + k * change if k else output
 
     def _update(self, rows: Rows, output: Tensor | None) -> None:
         update = self.plan.program.updates[self._position]

@@ -38,7 +38,9 @@ class BDIAScheduler(ReversibleScheduler):
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, set_alpha_to_one,
         steps_offset, prediction_type, timestep_spacing, rescale_betas_zero_snr: those of
             `DDIMScheduler`, except that the offset is reduced where the grid would leave the table.
-        clip_sample, thresholding: must be False; clipping has no inverse.
+        clip_sample: clamp x̂ to ±clip_sample_range, for pixels. Latents have no such range, so it is
+            off unless a config turns it on. Such a run cannot be inverted.
+        thresholding: must be False, it has no inverse.
 
     Raises:
         ValueError: naming the argument.
@@ -57,6 +59,7 @@ class BDIAScheduler(ReversibleScheduler):
         steps_offset: int = 0,
         prediction_type: PredictionType = "epsilon",
         thresholding: bool = False,
+        clip_sample_range: float = 1.0,
         timestep_spacing: TimestepSpacing = "leading",
         rescale_betas_zero_snr: bool = False,
         gamma: float = 1.0,

@@ -62,6 +62,7 @@ class EDICTScheduler(ReversibleScheduler):
         steps_offset: int = 0,
         prediction_type: PredictionType = "epsilon",
         thresholding: bool = False,
+        clip_sample_range: float = 1.0,
         timestep_spacing: TimestepSpacing = "leading",
         rescale_betas_zero_snr: bool = False,
         mixing_coeff: float = 0.93,

@@ -47,6 +47,19 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     `set_state` it makes the way back exact in exact arithmetic. Without it the other direction
     starts from one latent alone, which is inexact by the error of one DDIM step.
 
+    With `clip_sample` a step clamps x̂ to ±`clip_sample_range` and keeps ε̂, as `DDIMScheduler` does
+    with `use_clipped_model_output=False`. With Δ = clamp(x̂) − x̂ its update is evaluated at
+
+        z + α Δ = α clamp(x̂) + σ ε̂  and  m + k Δ,    k = 0 (epsilon), −σ (v_prediction), 1 (sample),
+
+    whose clean estimate is clamp(x̂) and whose noise is the ε̂ of (z, m), so that a DDIM step from
+    there is α' clamp(x̂) + σ' ε̂. This z is also what a two-step solver remembers. EDICT clamps the
+    x̂ = (x − σ ε̂)/α of the track x that moves, with the ε̂ of the other track, where z is x and the
+    ε̂ stays by itself. The result of a two-step solver may leave the range, and where most steps
+    clamp, at strong guidance, it depends on N even more than that of DDIM. Many x̂ are clamped to
+    one, so such a run has no inverse: it takes and leaves no state, and the inverse schedulers
+    refuse `clip_sample`.
+
     No step waits for the device as long as its timestep is an element of `timesteps` (as in `for t
     in scheduler.timesteps`), a Python number or on the CPU.
     """
@@ -64,11 +77,15 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         config = self.config
         name = type(self).__name__
         for option in ("clip_sample", "thresholding"):
-            if getattr(config, option):
+            sampling = option == "clip_sample" and self.direction == "sample"
+            if getattr(config, option) and not sampling:
                 raise ValueError(
                     f"{option} must be False: with it a step is not affine and has no inverse; use "
                     f"{name}.from_config(config, {option}=False)"
                 )
+        if not config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range}")
+        self._limit = float(config.clip_sample_range) if config.clip_sample else None
         for option, choices in (
             ("prediction_type", get_args(PredictionType)),
             ("timestep_spacing", get_args(TimestepSpacing)),
@@ -125,7 +142,7 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Raises:
             ValueError: the config of a scheduler that is not variance preserving (flow matching,
-                EDM), or that clips.
+                EDM), with `thresholding`, or for an inverse with `clip_sample`.
         """
         if isinstance(config, dict):
             foreign = {"shift", "sigma_data", "use_dynamic_shifting"} & config.keys()
@@ -212,7 +229,7 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         else:
             remaining = self._grid[: len(self._grid) - index // self.order]
         schedule = self._schedule(remaining, clean=True)
-        return Plan(schedule, self._solver(schedule))
+        return Plan(schedule, self._solver(schedule), self._limit)
 
     # --- The run -------------------------------------------------------------------------------
 
@@ -316,7 +333,7 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             timestep: an element of `timesteps`, or any other timestep to begin a run there.
             sample: [B, …] what the model saw.
             eta: must be 0, there is no noise in a step that can be undone.
-            use_clipped_model_output: without effect, as nothing is clipped.
+            use_clipped_model_output: must be False with `clip_sample`, else without effect.
             generator: not used.
             variance_noise: must be None.
             return_dict: return a `DDIMSchedulerOutput` instead of a tuple.
@@ -324,7 +341,7 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Returns:
             `prev_sample` [B, …], what the model has to see next or the result, and
             `pred_original_sample` [B, …], x̂ from `model_output` at the noise level of `timestep`,
-            as `DDIMScheduler` gives it; both in the dtype of `sample`.
+            clamped with `clip_sample`, as `DDIMScheduler` gives it; both in the dtype of `sample`.
 
         Raises:
             ValueError, TypeError: naming the argument.
@@ -333,6 +350,8 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"eta must be 0: a step with noise has no inverse, got {eta}")
         if variance_noise is not None:
             raise ValueError("variance_noise must be None: a step with noise has no inverse")
+        if use_clipped_model_output and self._limit is not None:
+            raise ValueError("use_clipped_model_output must be False: clip_sample keeps the noise")
         index, value, run = self._locate(timestep)
         if run is None:
             self._check_begin(value, sample)
@@ -373,8 +392,21 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         It has the form of a `Sampler`'s state, so it can be saved, and a `Sampler` can go on from
         it. The tensors are the run's own.
+
+        Raises:
+            ValueError: a run with `clip_sample`.
         """
-        return None if self._run is None else self._run.state()
+        if self._run is None:
+            return None
+        self._refuse_clipped()
+        return self._run.state()
+
+    def _refuse_clipped(self) -> None:
+        if self._limit is not None:
+            raise ValueError(
+                "state is for runs that can be undone, and one with clip_sample has no inverse; "
+                f"use {type(self).__name__}.from_config(config, clip_sample=False)"
+            )
 
     def set_state(self, state: State | None) -> Tensor | None:
         """Begin the next run from both tracks of a run in the other direction.
@@ -395,11 +427,12 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Raises:
             ValueError: the state of an unfinished run, or of another solver, grid, table or
-                prediction type.
+                prediction type, or a scheduler with `clip_sample`.
         """
         if state is None:
             self._pending = None
             return None
+        self._refuse_clipped()
         if not isinstance(state, State):
             raise TypeError(f"state must be an inpo_fast.State, got {type(state).__name__}")
         plan = self._plan(0, self._times_now()[0])

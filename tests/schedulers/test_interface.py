@@ -238,7 +238,6 @@ def test_weights_of_solvers_are_config(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"clip_sample": True}, r"clip_sample must be False.*from_config\(config, clip_sample"),
         ({"thresholding": True}, "thresholding must be False"),
         ({"prediction_type": "flow_prediction"}, "prediction_type must be one of"),
         ({"timestep_spacing": "karras"}, "timestep_spacing must be one of"),
