@@ -6,6 +6,7 @@ Arguments: folder, pairs of a process and micro-batch.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -70,6 +71,21 @@ def train(root: Path, name: str, batch: int, **changes) -> PreferenceTrainer:
     if run.accelerator.is_main_process:
         torch.save({"gradients": gradients["first"], "history": history}, root / f"{name}.pt")
     return run
+
+
+def assert_alike(one, two) -> None:
+    """What `train` has written is the same training, to the rounding of float32."""
+    total = torch.stack([gradient.norm() for gradient in one["gradients"].values()]).norm()
+    assert one["gradients"].keys() == two["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        # both sum the same float32 terms in another order; β makes them large, not inexact
+        error = (gradient.cpu() - two["gradients"][name].cpu()).norm()
+        assert error <= 1e-5 * max(gradient.norm(), 1e-3 * total), name
+    first, other = one["history"][0], two["history"][0]
+    for key in ("loss", "policy_winner", "policy_loser", "reference_winner", "reference_loser"):
+        if key in first:
+            assert math.isclose(other[key], first[key], rel_tol=1e-6), key
+    assert math.isclose(other["grad_norm"], first["grad_norm"], rel_tol=1e-5)
 
 
 def main() -> None:
