@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from inpo_fast.shipped import load_pipeline, model_path, preferences_path
 from inpo_fast.training.optimization import TrainingError
+from inpo_fast.training.trainer import PreferenceTrainer
 from tests.gpu.trainings import (
     assert_resumed_run_is_whole,
     assert_same_bits,
@@ -17,6 +20,7 @@ from tests.gpu.trainings import (
     poisoned,
     save_model,
     trainer,
+    without_measuring,
 )
 from tests.training import tiny
 
@@ -27,9 +31,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def uncounted(cuda, monkeypatch):
-    """Counting FLOPs takes longer than the training here."""
-    monkeypatch.setattr("inpo_fast.training.step.count_flops", lambda _: (1, 2))
+def quick(cuda, request, monkeypatch):
+    if request.function is not test_the_share_of_the_peak_is_reported:
+        without_measuring(monkeypatch)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -168,6 +172,44 @@ def test_too_little_memory_says_what_to_lower(model, tmp_path):
     del run, caught
     # nothing is broken for the next one
     assert len(trainer(model, tmp_path / "after").train()) == 3
+
+
+def test_the_share_of_the_peak_is_reported(model, tmp_path):
+    history = trainer(model, tmp_path).train()
+    assert all(0 < row["mfu"] < 1 and row["samples_per_second"] > 0 for row in history)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_images_are_encoded_and_validated_while_training(tmp_path, rank):
+    """On the shipped pipeline, whose encoders and images go to the GPU and come back."""
+    config = tiny.config(
+        *(model_path(), tmp_path),
+        dataset_name=str(preferences_path()),
+        max_train_samples=4,
+        rank=rank,
+        mixed_precision="bf16",
+        inversion_steps=2,
+        dataloader_num_workers=0,
+        validation_prompts=("a large red circle",),
+        validation_inference_steps=2,
+        validation_steps=2,
+    )
+    run = PreferenceTrainer(config)
+    first, *others = run.train()
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == 0.5
+    assert others[-1]["margin_mean"] != 0
+    assert {p.device.type for p in run.policy.parameters()} == {run.accelerator.device.type}
+    pipe = load_pipeline()
+    if rank is None:
+        pipe.register_modules(unet=type(pipe.unet).from_pretrained(tmp_path, subfolder="unet"))
+    else:
+        pipe.load_lora_weights(tmp_path)
+    mine = run.policy.state_dict()
+    for name, value in pipe.unet.state_dict().items():
+        name = re.sub(r"\.(lora_[AB])\.\w+\.", r".\1.default.", name)
+        # frozen weights were rounded
+        theirs = value.to(mine[name].dtype)
+        assert torch.equal(mine[name].cpu(), theirs), name
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from tests.gpu.trainings import (
     assert_steps_do_not_wait,
     save_model,
     trainer,
+    without_measuring,
 )
 from tests.training import tiny
 
@@ -24,9 +25,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def uncounted(cuda, monkeypatch):
-    """Counting FLOPs takes longer than the training here."""
-    monkeypatch.setattr("inpo_fast.training.step.count_flops", lambda _: (1, 2))
+def quick(cuda, monkeypatch):
+    without_measuring(monkeypatch)
 
 
 # In one process the graphs of one test serve the others. Calls without gradient have graphs of

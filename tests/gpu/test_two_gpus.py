@@ -1,5 +1,6 @@
 """Two GPUs that share the pairs are one with all of them: DDP and FSDP2, over NCCL."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,9 +12,9 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 
-from inpo_fast.training import step as training_step
 from inpo_fast.training.weights import LORA
 from tests.gpu import two_gpus
+from tests.gpu.trainings import without_measuring
 from tests.training import tiny, two_processes
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,8 @@ def folder_of(tmp_path_factory):
             done[kind] = None
             root = tmp_path_factory.mktemp(kind)
             tiny.save_pipeline(root / "model")
+            unet = tiny.with_trained_norms(tiny.unet())
+            unet.save_pretrained(root / "model" / "unet")
             launched = subprocess.run(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -67,7 +70,7 @@ PAIRED = [(kind, case) for kind, cases in two_gpus.CASES.items() for case in cas
 @pytest.mark.parametrize(("kind", "case"), PAIRED)
 def test_two_gpus_are_one_with_twice_the_pairs(folder_of, kind, case, monkeypatch):
     folder = folder_of(kind)
-    monkeypatch.setattr(training_step, "count_flops", lambda _: (1, 2))
+    without_measuring(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     two_gpus.exact_float32()
     together = folder / f"{case}-one-{kind}"
@@ -76,6 +79,14 @@ def test_two_gpus_are_one_with_twice_the_pairs(folder_of, kind, case, monkeypatc
     one = torch.load(together.with_suffix(".pt"), map_location="cpu")
     two = torch.load(folder / f"{case}-{kind}-{two_gpus.BATCH}.pt", map_location="cpu")
     two_processes.assert_alike(one, two)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", two_gpus.ROUNDED)
+def test_in_bfloat16_the_policy_starts_as_the_reference(folder_of, kind, name):
+    first = torch.load(folder_of(kind) / f"rounded-{name}-{kind}.pt")["history"][0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)

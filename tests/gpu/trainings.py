@@ -24,8 +24,14 @@ only three different blocks are compiled."""
 def save_model(folder):
     """A pipeline folder with a UNet of `BLOCKS`."""
     tiny.save_pipeline(folder)
-    tiny.unet(**BLOCKS).save_pretrained(folder / "unet")
+    tiny.with_trained_norms(tiny.unet(**BLOCKS)).save_pretrained(folder / "unet")
     return folder
+
+
+def without_measuring(monkeypatch):
+    """Counting FLOPs and measuring the peak take longer than the trainings here."""
+    monkeypatch.setattr("inpo_fast.training.step.count_flops", lambda _: (1, 2))
+    monkeypatch.setattr("inpo_fast.training.trainer.measured_peak", lambda *_: 1.0)
 
 
 def trainer(model, output, data=None, **changes):

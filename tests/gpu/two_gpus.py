@@ -14,6 +14,11 @@ from tests.training import two_processes
 
 BATCH = 2
 CASES = {"ddp": ("full", "noised", "kto", "lora"), "fsdp": ("full", "lora")}
+ROUNDED = {
+    "full": {"mixed_precision": "bf16"},
+    "lora": {"mixed_precision": "bf16", "rank": 2},
+}
+"""In which policy and reference must be rounded alike."""
 
 
 def exact_float32() -> None:
@@ -24,9 +29,12 @@ def exact_float32() -> None:
 
 def main() -> None:
     root, kind = Path(sys.argv[1]), sys.argv[2]
+    two_processes.measure_nothing()
     exact_float32()
     cases = {name: two_processes.CASES[name] for name in CASES[kind]}
     two_processes.run_cases(root, f"{kind}-{BATCH}", BATCH, cases)
+    for name, changes in ROUNDED.items():
+        two_processes.train(root, f"rounded-{name}-{kind}", BATCH, **changes)
     assert torch.distributed.get_backend() in ("nccl", "cuda:nccl,cpu:gloo")
     torch.distributed.destroy_process_group()
 

@@ -5,13 +5,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from inpo_fast.training import step as training_step
 from inpo_fast.training.config import ConfigError
+from inpo_fast.training.processes import make_accelerator
 from inpo_fast.training.weights import LORA
 
 from . import tiny, two_processes
@@ -58,6 +62,21 @@ def test_processes_resume_with_the_same_bits(folder, kind):
         assert all(torch.equal(again[key], value) for key, value in whole.items())
     ranks = sorted(path.name for path in (folder / f"lora-{kind}-2/checkpoint-2").glob("random*"))
     assert ranks == ["random_states_0.pkl", "random_states_1.pkl"]
+
+
+def test_fsdp_rounds_no_more_than_autocast(tmp_path, monkeypatch):
+    """accelerate has FSDP2 on accelerators only, so the plugin is that of a run on them."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    sharding = SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="bf16",
+    )
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: sharding)
+    monkeypatch.setattr("accelerate.utils.set_seed", lambda *_, **__: None)
+    made = make_accelerator(tiny.config(tmp_path, tmp_path, mixed_precision="bf16"))
+    assert made.state.fsdp_plugin.mixed_precision_policy is None
 
 
 def test_one_process_refuses_the_checkpoint_of_two(folder):
