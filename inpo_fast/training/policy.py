@@ -94,12 +94,15 @@ def shard(model: nn.Module, blocks: Sequence[str]) -> None:
     fully_shard(model)
 
 
-def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:
+def compile_model(
+    model: nn.Module, mode: str, blocks: Sequence[str], *, sharded: bool = False
+) -> None:
     """Compile in place, so that no name of a weight changes.
 
     Args:
         mode: `full`, or `blocks`: only modules of the classes `blocks`, which share their graphs,
             and the group norms between them.
+        sharded: whether the weights will be spread over the processes.
 
     Raises:
         ConfigError: there is no such block.
@@ -112,8 +115,10 @@ def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:
         inside = {id(module) for part in parts for module in part.modules()}
         parts += [m for m in model.modules() if type(m) is nn.GroupNorm and id(m) not in inside]
     by_rows(model)
-    # convolutions want channels last, and inside a graph group norms no longer mind
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not sharded:
+        # Convolutions want channels last, and inside a graph group norms no longer mind. FSDP2
+        # refuses such weights.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # Every block has a graph for each of its shapes, with and without gradient, and all are kept
     # with the one function that calls a module. One too many must not fall back unnoticed.
     torch._dynamo.config.recompile_limit = 128

@@ -129,7 +129,10 @@ class PreferenceTrainer:
             self.model.denoiser.enable_gradient_checkpointing()
         for module in (trained, networks.reference):
             if module is not None and config.compile != "none":
-                policy.compile_model(module, config.compile, self.model.family.blocks)
+                policy.compile_model(
+                    *(module, config.compile, self.model.family.blocks),
+                    sharded=accelerator.state.distributed_type == "FSDP",
+                )
         optimizer = make_optimizer(
             config, [p for p in trained.parameters() if p.requires_grad], self._learning_rate()
         )

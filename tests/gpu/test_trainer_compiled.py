@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("accelerate")
 
 from tests.gpu.trainings import (
+    BLOCKS,
     assert_resumed_run_is_whole,
     assert_steps_do_not_wait,
     save_model,
@@ -21,7 +22,7 @@ SIDES = ("winner", "loser")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
+    return save_model(tmp_path_factory.mktemp("model"), **BLOCKS)
 
 
 @pytest.fixture(autouse=True)

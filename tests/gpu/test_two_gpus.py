@@ -14,20 +14,18 @@ pytest.importorskip("accelerate")
 
 from inpo_fast.training.weights import LORA
 from tests.gpu import two_gpus
-from tests.gpu.trainings import without_measuring
-from tests.training import tiny, two_processes
+from tests.gpu.trainings import BLOCKS, save_model, without_measuring
+from tests.training import two_processes
 
 ROOT = Path(__file__).parents[2]
-KINDS = {
-    "ddp": {},
-    "fsdp": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
-    },
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
 }
 """What `accelerate launch` would set."""
+KINDS = {"ddp": {}, "fsdp": FSDP, "compiled": FSDP}
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
@@ -42,9 +40,8 @@ def folder_of(tmp_path_factory):
             # a launch that fails fails the tests of its kind, and is not tried again
             done[kind] = None
             root = tmp_path_factory.mktemp(kind)
-            tiny.save_pipeline(root / "model")
-            unet = tiny.with_trained_norms(tiny.unet())
-            unet.save_pretrained(root / "model" / "unet")
+            shape = BLOCKS if kind == "compiled" else {}
+            save_model(root / "model", **shape)
             launched = subprocess.run(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -81,7 +78,7 @@ def test_two_gpus_are_one_with_twice_the_pairs(folder_of, kind, case, monkeypatc
     two_processes.assert_alike(one, two)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", two_gpus.CASES)
 @pytest.mark.parametrize("name", two_gpus.ROUNDED)
 def test_in_bfloat16_the_policy_starts_as_the_reference(folder_of, kind, name):
     first = torch.load(folder_of(kind) / f"rounded-{name}-{kind}.pt")["history"][0]
@@ -89,7 +86,7 @@ def test_in_bfloat16_the_policy_starts_as_the_reference(folder_of, kind, name):
     assert first["accuracy"] == 0.5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", two_gpus.CASES)
 def test_two_gpus_resume_with_the_same_bits(folder_of, kind):
     folder = folder_of(kind)
     for name in (LORA, f"checkpoint-2/{LORA}"):
@@ -101,3 +98,10 @@ def test_two_gpus_resume_with_the_same_bits(folder_of, kind):
     checkpoint = folder / f"lora-{kind}-{two_gpus.BATCH}" / "checkpoint-2"
     ranks = sorted(path.name for path in checkpoint.glob("random*"))
     assert ranks == ["random_states_0.pkl", "random_states_1.pkl"]
+
+
+def test_compiled_blocks_are_sharded(folder_of):
+    saved = torch.load(folder_of("compiled") / "rounded-full-compiled.pt", map_location="cpu")
+    first, second = saved["history"]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), first
+    assert math.isfinite(second["loss"]) and second["margin_mean"] != 0

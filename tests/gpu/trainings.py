@@ -21,10 +21,10 @@ BLOCKS = {
 only three different blocks are compiled."""
 
 
-def save_model(folder):
-    """A pipeline folder with a UNet of `BLOCKS`."""
+def save_model(folder, **shape):
+    """A pipeline folder with a UNet of this shape."""
     tiny.save_pipeline(folder)
-    tiny.with_trained_norms(tiny.unet(**BLOCKS)).save_pretrained(folder / "unet")
+    tiny.with_trained_norms(tiny.unet(**shape)).save_pretrained(folder / "unet")
     return folder
 
 

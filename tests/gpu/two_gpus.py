@@ -1,6 +1,7 @@
 """What test_two_gpus.py runs, one process a GPU: the trainings of tests/training/two_processes.py.
 
-Arguments: folder, and ddp or fsdp, which accelerate reads from the environment.
+Arguments: folder, and ddp, fsdp or compiled (by FSDP2). How they share the work accelerate reads
+from the environment.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ def main() -> None:
     root, kind = Path(sys.argv[1]), sys.argv[2]
     two_processes.measure_nothing()
     exact_float32()
-    cases = {name: two_processes.CASES[name] for name in CASES[kind]}
-    two_processes.run_cases(root, f"{kind}-{BATCH}", BATCH, cases)
-    for name, changes in ROUNDED.items():
-        two_processes.train(root, f"rounded-{name}-{kind}", BATCH, **changes)
+    if kind in CASES:
+        cases = {name: two_processes.CASES[name] for name in CASES[kind]}
+        two_processes.run_cases(root, f"{kind}-{BATCH}", BATCH, cases)
+        for name, changes in ROUNDED.items():
+            two_processes.train(root, f"rounded-{name}-{kind}", BATCH, **changes)
+    else:
+        changes = {"compile": "blocks", "latents": "q_sample", **ROUNDED["full"]}
+        two_processes.train(root, f"rounded-full-{kind}", BATCH, **changes)
     assert torch.distributed.get_backend() in ("nccl", "cuda:nccl,cpu:gloo")
     torch.distributed.destroy_process_group()
 

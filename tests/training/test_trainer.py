@@ -307,6 +307,16 @@ def test_compiled_blocks_train_alike_and_leave_no_trace(
     assert not any("_orig_mod" in name for name in names)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_compiled_weights_have_channels_last_unless_they_are_sharded(sharded):
+    """FSDP2 takes no other layout than torch's own."""
+    unet = tiny.unet()
+    policy.compile_model(unet, "blocks", ("ResnetBlock2D",), sharded=sharded)
+    weight = unet.conv_in.weight
+    assert weight.is_contiguous() == sharded
+    assert weight.is_contiguous(memory_format=torch.channels_last) != sharded
+
+
 def test_a_lora_with_kohyas_names(model, tmp_path):
     from safetensors.torch import load_file
 
