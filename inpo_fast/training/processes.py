@@ -51,6 +51,10 @@ def make_accelerator(config: PreferenceConfig) -> Any:
             "processes must share the work by DDP or FSDP2 (accelerate config: fsdp_version 2), "
             f"got {kind.value}"
         )
+    if plugin is not None:
+        # accelerate's would round what autocast leaves alone, the weights of norms and the reduced
+        # gradient, and the policy would not start as the reference
+        plugin.mixed_precision_policy = None
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigError(
             "mixed_precision=fp16 needs an accelerator with a loss scale, or gradients vanish; use "

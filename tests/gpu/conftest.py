@@ -7,6 +7,9 @@ import torch
 
 from inpo_fast.ops.choice import resolve
 
+# helpers whose assertions are to show their values, as those of tests do
+pytest.register_assert_rewrite("tests.gpu.trainings", "tests.training.two_processes")
+
 
 def _problem(name):
     try:

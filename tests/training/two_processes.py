@@ -6,6 +6,7 @@ Arguments: folder, pairs of a process and micro-batch.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -16,10 +17,15 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 
 import inpo_fast.training.step
+import inpo_fast.training.trainer
 from inpo_fast.training.trainer import PreferenceTrainer
 from tests.training import tiny
 
-inpo_fast.training.step.count_flops = lambda _: (1, 2)
+
+def measure_nothing() -> None:
+    """Counting FLOPs and measuring the peak take longer than the trainings here."""
+    inpo_fast.training.step.count_flops = lambda _: (1, 2)
+    inpo_fast.training.trainer.measured_peak = lambda *_: 1.0
 
 
 def whole(tensor):
@@ -72,8 +78,24 @@ def train(root: Path, name: str, batch: int, **changes) -> PreferenceTrainer:
     return run
 
 
+def assert_alike(one, two) -> None:
+    """What `train` has written is the same training, to the rounding of float32."""
+    total = torch.stack([gradient.norm() for gradient in one["gradients"].values()]).norm()
+    assert one["gradients"].keys() == two["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        # both sum the same float32 terms in another order; β makes them large, not inexact
+        error = (gradient.cpu() - two["gradients"][name].cpu()).norm()
+        assert error <= 1e-5 * max(gradient.norm(), 1e-3 * total), name
+    first, other = one["history"][0], two["history"][0]
+    for key in ("loss", "policy_winner", "policy_loser", "reference_winner", "reference_loser"):
+        if key in first:
+            assert math.isclose(other[key], first[key], rel_tol=1e-6), key
+    assert math.isclose(other["grad_norm"], first["grad_norm"], rel_tol=1e-5)
+
+
 def main() -> None:
     root, batch = Path(sys.argv[1]), int(sys.argv[2])
+    measure_nothing()
     run_cases(root, f"ddp-{batch}", batch, CASES)
     shard_on_cpu()
     run_cases(root, f"fsdp-{batch}", batch, {name: CASES[name] for name in ("full", "lora")})
