@@ -156,6 +156,11 @@ class PreferenceConfig:
         "torch.compile for policy and reference: nothing, the repeated blocks (compiles in "
         "seconds), or the whole denoiser (fastest, compiles in minutes)",
     )
+    fused_layers: bool = _option(
+        False,
+        "the UNet's norms, their activations and its gates as Triton kernels: fewer passes over "
+        "memory with nothing to compile; in place of compile",
+    )
 
     checkpointing_steps: int = _option(500, "optimiser steps between checkpoints", free=True)
     checkpoints_total_limit: int | None = _option(
@@ -219,6 +224,8 @@ class PreferenceConfig:
             raise ConfigError(
                 f"inversion_eta needs latents=ddim or renoise, got latents={self.source}"
             )
+        if self.fused_layers and self.compile != "none":
+            raise ConfigError(f"fused_layers needs compile=none, got compile={self.compile}")
         if self.rank is None and (self.lora_alpha is not None or self.output_kohya_format):
             raise ConfigError("lora_alpha and output_kohya_format need a rank, got none")
 

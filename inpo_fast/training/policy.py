@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.choice import resolve
 from .config import ConfigError
 
 
@@ -91,6 +92,27 @@ def shard(model: nn.Module, blocks: Sequence[str]) -> None:
         if type(module).__name__ in blocks:
             fully_shard(module)
     fully_shard(model)
+
+
+def fuse_layers(model: nn.Module, device: torch.device, *, sharded: bool) -> None:
+    """Let a UNet compute its norms and gates by `layers`; no name of a weight changes.
+
+    Args:
+        device: of the model.
+        sharded: whether the weights will be spread over processes; FSDP2 takes them in torch's own
+            layout only.
+
+    Raises:
+        ConfigError: there are no Triton kernels for the device, or nothing of the model fits them.
+    """
+    try:
+        resolve("triton", device)
+    except ValueError as error:
+        raise ConfigError(f"fused_layers needs Triton: {error}") from error
+    from .layers import fuse
+
+    if not fuse(model, channels_last=not sharded):
+        raise ConfigError("fused_layers needs a UNet of diffusers, got a model without its blocks")
 
 
 def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:

@@ -127,7 +127,10 @@ class PreferenceTrainer:
         self.learner = Learner(config, accelerator, self.model, networks, self.dtype)
         if config.gradient_checkpointing:
             self.model.denoiser.enable_gradient_checkpointing()
+        sharded = accelerator.state.distributed_type == "FSDP"
         for module in (trained, networks.reference):
+            if module is not None and config.fused_layers:
+                policy.fuse_layers(module, accelerator.device, sharded=sharded)
             if module is not None and config.compile != "none":
                 policy.compile_model(module, config.compile, self.model.family.blocks)
         optimizer = make_optimizer(

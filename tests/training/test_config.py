@@ -68,6 +68,7 @@ def test_every_field_has_a_flag_with_help(capsys):
         ({"use_8bit_adam": True, "optimizer": "adafactor"}, "use_8bit_adam needs optimizer=adamw"),
         ({"ties": "soft", "loss_type": "ipo"}, "ties=soft needs a loss_type .*inpo, smpo, dpo"),
         ({"loss_type": "sft", "beta_dpo": 1.0}, "loss_type=sft has no beta_dpo"),
+        ({"fused_layers": True, "compile": "blocks"}, "fused_layers needs compile=none"),
         ({"samples_per_inversion": 2, "latents": "q_sample"}, "samples_per_inversion must be 1"),
         ({"inversion_eta": 0.1, "latents": "bdia"}, "inversion_eta needs latents=ddim"),
         ({"lora_alpha": 4.0}, "lora_alpha and output_kohya_format need a rank"),

@@ -308,6 +308,11 @@ def test_compiled_blocks_train_alike_and_leave_no_trace(
     assert not any("_orig_mod" in name for name in names)
 
 
+def test_fused_layers_need_a_gpu(model, tmp_path):
+    with pytest.raises(ConfigError, match="fused_layers needs Triton: "):
+        trainer(model, tmp_path, fused_layers=True)
+
+
 def test_a_lora_with_kohyas_names(model, tmp_path):
     from safetensors.torch import load_file
 

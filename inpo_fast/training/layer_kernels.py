@@ -1,0 +1,528 @@
+"""Triton kernels of the layers between a UNet's products: norms, and the gate of its MLPs.
+
+Everything is computed in float32 and rounded once, where torch's autocast rounds. Sums are added in
+a fixed order without atomics, so a result repeats its bits. Group norms are of [N, P, C]: P pixels
+with their channels side by side, which is how an image in channels last lies in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A tile of a group norm: so many pixels and channels.
+PIXELS, CHANNELS = 64, 64
+# Partial sums that are added side by side.
+ROWS = 16
+# Numbers of a tile of a layer norm or gate, and how many of a row of gates.
+TILE, GATES = 4096, 256
+# Programs of a layer norm's backward, each with its part of the sums over rows.
+PROGRAMS = 512
+
+OPTIONS: dict[str, Any] = {"num_warps": 4}
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _tile(pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """This program's pixels and channels, their places in memory, and which of them exist."""
+    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    sample = tl.program_id(2).to(tl.int64) * pixels
+    place = (sample + p)[:, None] * channels + c[None, :]
+    return c, place, (p < pixels)[:, None] & (c < channels)[None, :]
+
+
+@triton.jit
+def _parts(channels):
+    """Where this program's partial sums of its channels are, [N, chunks, C]."""
+    return (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * channels
+
+
+@triton.jit
+def _moments_of(moments_ptr, c, channels, size):
+    """Mean and 1/σ of the groups that channels belong to."""
+    place = (tl.program_id(2) * (channels // size) + c // size) * 2
+    mean = tl.load(moments_ptr + place, mask=c < channels, other=0.0)
+    inverse = tl.load(moments_ptr + place + 1, mask=c < channels, other=0.0)
+    return mean, inverse
+
+
+@triton.jit
+def _group_norm_parts_kernel(
+    x_ptr, mean_ptr, square_ptr, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Mean, and sum of squares about it, of every channel in a chunk of pixels."""
+    c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    count = tl.minimum(pixels - tl.program_id(0) * PIXELS, PIXELS)
+    mean = tl.sum(x, axis=0) / count
+    deviation = tl.where(mask, x - mean[None, :], 0.0)
+    out = _parts(channels) + c
+    tl.store(mean_ptr + out, mean, mask=c < channels)
+    tl.store(square_ptr + out, tl.sum(deviation * deviation, axis=0), mask=c < channels)
+
+
+@triton.jit
+def _group_norm_moments_kernel(
+    mean_ptr,
+    square_ptr,
+    moments_ptr,
+    pixels,
+    channels,
+    chunks,
+    size,
+    eps,
+    PIXELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Mean and 1/√(σ² + ε) of a group, of its chunks' (Chan, Golub and LeVeque 1979)."""
+    groups = channels // size
+    sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    lane, row = tl.arange(0, SIZE), tl.arange(0, ROWS)
+    start = sample.to(tl.int64) * chunks * channels + group * size
+    total = tl.zeros([ROWS, SIZE], tl.float32)
+    for k in range(0, chunks, ROWS):
+        mask = (k + row < chunks)[:, None] & (lane < size)[None, :]
+        count = tl.minimum(pixels - (k + row) * PIXELS, PIXELS)[:, None]
+        place = start + (k + row)[:, None] * channels + lane[None, :]
+        total += count * tl.load(mean_ptr + place, mask=mask, other=0.0)
+    numbers = pixels * size
+    mean = tl.sum(total) / numbers
+    total = tl.zeros([ROWS, SIZE], tl.float32)
+    for k in range(0, chunks, ROWS):
+        mask = (k + row < chunks)[:, None] & (lane < size)[None, :]
+        count = tl.minimum(pixels - (k + row) * PIXELS, PIXELS)[:, None]
+        place = start + (k + row)[:, None] * channels + lane[None, :]
+        off = tl.load(mean_ptr + place, mask=mask, other=0.0) - mean
+        total += tl.load(square_ptr + place, mask=mask, other=0.0)
+        total += tl.where(mask, count * (off * off), 0.0)
+    variance = tl.sum(total) / numbers
+    tl.store(moments_ptr + tl.program_id(0) * 2, mean)
+    tl.store(moments_ptr + tl.program_id(0) * 2 + 1, 1 / tl.sqrt(variance + eps))
+
+
+@triton.jit
+def _group_norm_kernel(
+    x_ptr,
+    moments_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    pixels,
+    channels,
+    size,
+    ACTIVATED: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """u = (x − μ)/σ · w + b, and SiLU(u) where activated."""
+    c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
+    mean, inverse = _moments_of(moments_ptr, c, channels, size)
+    weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    u = (x - mean[None, :]) * inverse[None, :] * weight[None, :] + bias[None, :]
+    if ACTIVATED:
+        u = u * _sigmoid(u)
+    tl.store(y_ptr + place, u.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _group_norm_backward_parts_kernel(
+    x_ptr,
+    dy_ptr,
+    moments_ptr,
+    weight_ptr,
+    bias_ptr,
+    sum_ptr,
+    dot_ptr,
+    pixels,
+    channels,
+    size,
+    ACTIVATED: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Σ du and Σ du x̂ of every channel in a chunk of pixels."""
+    c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
+    mean, inverse = _moments_of(moments_ptr, c, channels, size)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    du = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    normed = (x - mean[None, :]) * inverse[None, :]
+    if ACTIVATED:
+        weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+        u = normed * weight[None, :] + bias[None, :]
+        gate = _sigmoid(u)
+        du = du * gate * (1 + u * (1 - gate))
+    out = _parts(channels) + c
+    tl.store(sum_ptr + out, tl.sum(du, axis=0), mask=c < channels)
+    tl.store(dot_ptr + out, tl.sum(du * normed, axis=0), mask=c < channels)
+
+
+@triton.jit
+def _group_norm_backward_means_kernel(
+    sum_ptr,
+    dot_ptr,
+    weight_ptr,
+    means_ptr,
+    pixels,
+    channels,
+    chunks,
+    size,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Means of w du and of w du x̂ in a group."""
+    groups = channels // size
+    sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    lane, row = tl.arange(0, SIZE), tl.arange(0, ROWS)
+    start = sample.to(tl.int64) * chunks * channels + group * size
+    sums = tl.zeros([ROWS, SIZE], tl.float32)
+    dots = tl.zeros([ROWS, SIZE], tl.float32)
+    for k in range(0, chunks, ROWS):
+        mask = (k + row < chunks)[:, None] & (lane < size)[None, :]
+        place = start + (k + row)[:, None] * channels + lane[None, :]
+        sums += tl.load(sum_ptr + place, mask=mask, other=0.0)
+        dots += tl.load(dot_ptr + place, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + group * size + lane, mask=lane < size, other=0.0)
+    weight = weight.to(tl.float32)[None, :]
+    numbers = pixels * size
+    tl.store(means_ptr + tl.program_id(0) * 2, tl.sum(sums * weight) / numbers)
+    tl.store(means_ptr + tl.program_id(0) * 2 + 1, tl.sum(dots * weight) / numbers)
+
+
+@triton.jit
+def _group_norm_backward_kernel(
+    x_ptr,
+    dy_ptr,
+    moments_ptr,
+    means_ptr,
+    weight_ptr,
+    bias_ptr,
+    dx_ptr,
+    pixels,
+    channels,
+    size,
+    ACTIVATED: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """dx = (w du − mean(w du) − x̂ mean(w du x̂)) / σ."""
+    c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
+    mean, inverse = _moments_of(moments_ptr, c, channels, size)
+    first, second = _moments_of(means_ptr, c, channels, size)
+    weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    du = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    normed = (x - mean[None, :]) * inverse[None, :]
+    if ACTIVATED:
+        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+        u = normed * weight[None, :] + bias[None, :]
+        gate = _sigmoid(u)
+        du = du * gate * (1 + u * (1 - gate))
+    dx = du * weight[None, :] - first[None, :] - normed * second[None, :]
+    tl.store(dx_ptr + place, (dx * inverse[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normed(x_ptr, row, lane, rows, width, eps):
+    """x̂ of rows, 1/σ of each, their places and which numbers exist."""
+    mask = (row < rows)[:, None] & (lane < width)[None, :]
+    place = row.to(tl.int64)[:, None] * width + lane[None, :]
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1) / width
+    deviation = tl.where(mask, x - mean[:, None], 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(deviation * deviation, axis=1) / width + eps)
+    return deviation * inverse[:, None], inverse, place, mask
+
+
+@triton.jit
+def _layer_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    width,
+    eps,
+    TILE_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """y = x̂ w + b of rows."""
+    row, lane = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS), tl.arange(0, WIDTH)
+    normed, _, place, mask = _normed(x_ptr, row, lane, rows, width, eps)
+    weight = tl.load(weight_ptr + lane, mask=lane < width, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + lane, mask=lane < width, other=0.0).to(tl.float32)
+    y = normed * weight[None, :] + bias[None, :]
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm_backward_kernel(
+    x_ptr,
+    dy_ptr,
+    weight_ptr,
+    dx_ptr,
+    sum_ptr,
+    dot_ptr,
+    rows,
+    width,
+    eps,
+    TILE_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """dx = (w dy − mean(w dy) − x̂ mean(w dy x̂)) / σ, and this program's Σ dy and Σ dy x̂."""
+    lane = tl.arange(0, WIDTH)
+    weight = tl.load(weight_ptr + lane, mask=lane < width, other=0.0).to(tl.float32)
+    sums = tl.zeros([TILE_ROWS, WIDTH], tl.float32)
+    dots = tl.zeros([TILE_ROWS, WIDTH], tl.float32)
+    first, stride = tl.program_id(0) * TILE_ROWS, tl.num_programs(0) * TILE_ROWS
+    for start in range(first, rows, stride):
+        row = start + tl.arange(0, TILE_ROWS)
+        normed, inverse, place, mask = _normed(x_ptr, row, lane, rows, width, eps)
+        dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        sums += dy
+        dots += dy * normed
+        du = dy * weight[None, :]
+        mean = tl.sum(du, axis=1) / width
+        dot = tl.sum(du * normed, axis=1) / width
+        dx = (du - mean[:, None] - normed * dot[:, None]) * inverse[:, None]
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    out = tl.program_id(0) * width + lane
+    tl.store(sum_ptr + out, tl.sum(sums, axis=0), mask=lane < width)
+    tl.store(dot_ptr + out, tl.sum(dots, axis=0), mask=lane < width)
+
+
+@triton.jit
+def _gate(x_ptr, rows, width, GATES: tl.constexpr, GATED_ROWS: tl.constexpr):
+    """Value and gate of a tile of [rows, 2 width], their places, and those in [rows, width]."""
+    row = tl.program_id(0) * GATED_ROWS + tl.arange(0, GATED_ROWS)
+    lane = tl.program_id(1) * GATES + tl.arange(0, GATES)
+    mask = (row < rows)[:, None] & (lane < width)[None, :]
+    start = row.to(tl.int64)[:, None] * width
+    place = 2 * start + lane[None, :]
+    value = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptr + place + width, mask=mask, other=0.0).to(tl.float32)
+    return value, gate, place, start + lane[None, :], mask
+
+
+@triton.jit
+def _geglu_kernel(x_ptr, y_ptr, rows, width, GATES: tl.constexpr, GATED_ROWS: tl.constexpr):
+    """value · GELU(gate); GELU is rounded before, as in torch."""
+    value, gate, _, at, mask = _gate(x_ptr, rows, width, GATES, GATED_ROWS)
+    gelu = gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    gelu = gelu.to(y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + at, (value * gelu).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _geglu_backward_kernel(
+    x_ptr, dy_ptr, dx_ptr, rows, width, GATES: tl.constexpr, GATED_ROWS: tl.constexpr
+):
+    """Gradients of value and gate."""
+    value, gate, place, at, mask = _gate(x_ptr, rows, width, GATES, GATED_ROWS)
+    dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    below = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    gelu = (gate * below).to(dy_ptr.dtype.element_ty).to(tl.float32)
+    inner = (dy * value).to(dy_ptr.dtype.element_ty).to(tl.float32)
+    dtype = dx_ptr.dtype.element_ty
+    tl.store(dx_ptr + place, (dy * gelu).to(dtype), mask=mask)
+    tl.store(dx_ptr + place + width, (inner * (below + gate * density)).to(dtype), mask=mask)
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, device=like.device, dtype=torch.float32)
+
+
+def _group_grid(x: Tensor) -> tuple[int, int, int]:
+    samples, pixels, channels = x.shape
+    return triton.cdiv(pixels, PIXELS), triton.cdiv(channels, CHANNELS), samples
+
+
+_TILE_2D = {"PIXELS": PIXELS, "CHANNELS": CHANNELS}
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    activated: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y [N, P, C] of `dtype`, and the moments [N, groups, 2] float32 (mean, 1/σ).
+
+    Args:
+        x: [N, P, C], contiguous.
+        weight, bias: [C].
+    """
+    samples, pixels, channels = x.shape
+    size, grid = channels // groups, _group_grid(x)
+    means, squares = (_float32(x, samples, grid[0], channels) for _ in range(2))
+    moments = _float32(x, samples, groups, 2)
+    y = torch.empty_like(x, dtype=dtype)
+    _group_norm_parts_kernel[grid](x, means, squares, pixels, channels, **_TILE_2D, **OPTIONS)
+    _group_norm_moments_kernel[(samples * groups,)](
+        means,
+        squares,
+        moments,
+        pixels,
+        channels,
+        grid[0],
+        size,
+        eps,
+        PIXELS=PIXELS,
+        ROWS=ROWS,
+        SIZE=triton.next_power_of_2(size),
+        **OPTIONS,
+    )
+    _group_norm_kernel[grid](
+        x,
+        moments,
+        weight,
+        bias,
+        y,
+        pixels,
+        channels,
+        size,
+        ACTIVATED=activated,
+        **_TILE_2D,
+        **OPTIONS,
+    )
+    return y, moments
+
+
+def group_norm_backward(
+    x: Tensor,
+    dy: Tensor,
+    moments: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activated: bool,
+    affine: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, and of weight and bias where `affine`."""
+    samples, pixels, channels = x.shape
+    groups, grid = moments.shape[1], _group_grid(x)
+    size = channels // groups
+    sums, dots = (_float32(x, samples, grid[0], channels) for _ in range(2))
+    means = torch.empty_like(moments)
+    dx = torch.empty_like(x)
+    _group_norm_backward_parts_kernel[grid](
+        x,
+        dy,
+        moments,
+        weight,
+        bias,
+        sums,
+        dots,
+        pixels,
+        channels,
+        size,
+        ACTIVATED=activated,
+        **_TILE_2D,
+        **OPTIONS,
+    )
+    _group_norm_backward_means_kernel[(samples * groups,)](
+        sums,
+        dots,
+        weight,
+        means,
+        pixels,
+        channels,
+        grid[0],
+        size,
+        ROWS=ROWS,
+        SIZE=triton.next_power_of_2(size),
+        **OPTIONS,
+    )
+    _group_norm_backward_kernel[grid](
+        x,
+        dy,
+        moments,
+        means,
+        weight,
+        bias,
+        dx,
+        pixels,
+        channels,
+        size,
+        ACTIVATED=activated,
+        **_TILE_2D,
+        **OPTIONS,
+    )
+    if not affine:
+        return dx, None, None
+    return dx, dots.sum((0, 1)).to(weight.dtype), sums.sum((0, 1)).to(bias.dtype)
+
+
+def _row_tile(width: int) -> dict[str, int]:
+    power = triton.next_power_of_2(width)
+    return {"TILE_ROWS": max(1, TILE // power), "WIDTH": power}
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dtype: torch.dtype
+) -> Tensor:
+    """y [R, W] of `dtype`, of x [R, W] contiguous, weight and bias [W]."""
+    rows, width = x.shape
+    tile = _row_tile(width)
+    y = torch.empty_like(x, dtype=dtype)
+    grid = (triton.cdiv(rows, tile["TILE_ROWS"]),)
+    _layer_norm_kernel[grid](x, weight, bias, y, rows, width, eps, **tile, **OPTIONS)
+    return y
+
+
+def layer_norm_backward(
+    x: Tensor, dy: Tensor, weight: Tensor, eps: float, *, affine: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, and of weight and bias where `affine`."""
+    rows, width = x.shape
+    tile = _row_tile(width)
+    programs = min(PROGRAMS, triton.cdiv(rows, tile["TILE_ROWS"]))
+    sums, dots = (_float32(x, programs, width) for _ in range(2))
+    dx = torch.empty_like(x)
+    _layer_norm_backward_kernel[(programs,)](
+        x, dy, weight, dx, sums, dots, rows, width, eps, **tile, **OPTIONS
+    )
+    if not affine:
+        return dx, None, None
+    return dx, dots.sum(0).to(weight.dtype), sums.sum(0).to(weight.dtype)
+
+
+_GATE = {"GATES": GATES, "GATED_ROWS": TILE // GATES}
+
+
+def _gate_grid(rows: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(rows, TILE // GATES), triton.cdiv(width, GATES)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """value · GELU(gate), [R, W], of x [R, 2W] contiguous."""
+    rows, width = len(x), x.shape[1] // 2
+    y = x.new_empty(rows, width)
+    _geglu_kernel[_gate_grid(rows, width)](x, y, rows, width, **_GATE, **OPTIONS)
+    return y
+
+
+def geglu_backward(x: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of x, [R, 2W]."""
+    rows, width = dy.shape
+    dx = torch.empty_like(x)
+    _geglu_backward_kernel[_gate_grid(rows, width)](x, dy, dx, rows, width, **_GATE, **OPTIONS)
+    return dx

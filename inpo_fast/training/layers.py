@@ -1,0 +1,210 @@
+"""A UNet's norms and gates as fused kernels, in channels last.
+
+Under autocast torch computes a norm in float32, writes float32, reads it for the activation, writes
+that, and reads it again to round it for the next product. Here one kernel does it and rounds at the
+same place. No graph is compiled, so nothing waits for a compiler, and policy and reference, with
+and without gradient, run the same kernels and have the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import layer_kernels as kernels
+
+
+def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
+    """Let a diffusers UNet use the kernels; its weights, and their names, stay.
+
+    Args:
+        model: changed in place.
+        channels_last: whether to lay out the weights of convolutions in that way, too.
+
+    Returns:
+        how many modules use them.
+    """
+    count = 0
+    for module in model.modules():
+        fused, fits = _FUSED.get(type(module), (type(module), _never))
+        if fits(module):
+            module.__class__ = fused
+            count += 1
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return count
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """`torch.nn.GroupNorm` of images [N, C, H, W], followed by SiLU where `activated`."""
+
+    def forward(self, input: Tensor, activated: bool = False) -> Tensor:
+        given = (input, self.weight, self.bias, self.num_groups, self.eps, activated)
+        return _apply(_GroupNorm, *given)
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over the last dimension."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _apply(_LayerNorm, input, self.weight, self.bias, self.eps)
+
+
+class FusedGEGLU(GEGLU):  # type: ignore[misc]
+    """diffusers' GEGLU (Shazeer 2020)."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _apply(_Gate, self.proj(hidden_states))
+
+
+class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
+    """diffusers' residual block, with SiLU in the kernels of its norms."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        hidden = self.conv1(self.norm1(input_tensor, activated=True))
+        hidden = hidden + self.time_emb_proj(functional.silu(temb))[:, :, None, None]
+        hidden = self.conv2(self.dropout(self.norm2(hidden, activated=True)))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        y: Tensor = (input_tensor + hidden) / self.output_scale_factor
+        return y
+
+
+class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
+    """diffusers' transformer of images; its output stays in channels last."""
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> Tensor:
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        y: Tensor = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        projected: Tensor = y if self.use_linear_projection else self.proj_out(y)
+        return residual + projected
+
+
+def _never(module: nn.Module) -> bool:
+    return False
+
+
+def _plain_resnet(module: Any) -> bool:
+    """Whether a block is of the kind that Stable Diffusion's UNets have."""
+    return bool(
+        module.upsample is None
+        and module.downsample is None
+        and module.time_embedding_norm == "default"
+        and module.time_emb_proj is not None
+        and not module.skip_time_act
+        and isinstance(module.nonlinearity, nn.SiLU)
+        and all(
+            isinstance(norm, nn.GroupNorm) and norm.affine for norm in (module.norm1, module.norm2)
+        )
+    )
+
+
+_FUSED: dict[type[nn.Module], tuple[type[nn.Module], Any]] = {
+    nn.GroupNorm: (FusedGroupNorm, lambda module: module.affine),
+    nn.LayerNorm: (
+        FusedLayerNorm,
+        lambda module: module.bias is not None and len(module.normalized_shape) == 1,
+    ),
+    GEGLU: (FusedGEGLU, lambda module: True),
+    ResnetBlock2D: (FusedResnetBlock, _plain_resnet),
+    Transformer2DModel: (FusedTransformer, lambda module: module.is_input_continuous),
+}
+"""By the exact class: what it becomes, and where it can."""
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    """What the next product under autocast reads."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H·W, C], without a copy where it lies in channels last."""
+    return image.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+
+
+def _image(pixels: Tensor, like: Tensor) -> Tensor:
+    image: Tensor = pixels.unflatten(1, like.shape[2:])
+    return image.permute(0, 3, 1, 2)
+
+
+def _apply(function: Any, *given: Any) -> Tensor:
+    y: Tensor = function.apply(*given)
+    return y
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        activated: bool,
+    ) -> Tensor:
+        x = _pixels(image)
+        y, moments = kernels.group_norm(
+            x, weight, bias, groups, eps, activated=activated, dtype=_output_dtype(image)
+        )
+        ctx.save_for_backward(x, moments, weight, bias)
+        ctx.activated = activated
+        return _image(y, image)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, moments, weight, bias = ctx.saved_tensors
+        dx, dweight, dbias = kernels.group_norm_backward(
+            *(x, _pixels(dy), moments, weight, bias),
+            activated=ctx.activated,
+            affine=ctx.needs_input_grad[1],
+        )
+        return _image(dx, dy), dweight, dbias, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        x = input.contiguous().flatten(0, -2)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        y = kernels.layer_norm(x, weight, bias, eps, dtype=_output_dtype(input))
+        return y.view(input.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx, dweight, dbias = kernels.layer_norm_backward(
+            x, dy.contiguous().view(x.shape), weight, ctx.eps, affine=ctx.needs_input_grad[1]
+        )
+        return dx.view(dy.shape), dweight, dbias, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        x = projected.contiguous().flatten(0, -2)
+        ctx.save_for_backward(x)
+        return kernels.geglu(x).view(*projected.shape[:-1], x.shape[1] // 2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dx = kernels.geglu_backward(x, dy.contiguous().flatten(0, -2))
+        return dx.view(*dy.shape[:-1], dx.shape[1])

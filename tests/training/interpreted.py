@@ -1,0 +1,173 @@
+"""The fused layers in Triton's interpreter, on the CPU, against diffusers' own.
+
+Triton decides at its import whether kernels are interpreted, so these tests have a process of their
+own: test_layers.py starts it, with TRITON_INTERPRET=1.
+"""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+from torch.nn import functional
+
+from inpo_fast.training import PreferenceTrainer, layers
+from tests.training import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def twins(module):
+    """A module with random weights, the same fused, and the same in float64."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    fused = copy.deepcopy(module)
+    layers.fuse(fused)
+    return module, fused, copy.deepcopy(module).double()
+
+
+def gradients(module, call, *given):
+    """Output, and the gradients of what is given and of the weights."""
+    given = [value.detach().requires_grad_() for value in given]
+    y = call(module, *given)
+    rng = torch.Generator().manual_seed(5)
+    (y * torch.randn(y.shape, generator=rng).to(y)).sum().backward()
+    return [y.detach(), *(value.grad for value in given), *(p.grad for p in module.parameters())]
+
+
+def assert_as_good(module, call, *given, classes):
+    """The fused module is no further from float64 than a small multiple of the stock one's."""
+    stock, fused, exact = twins(module)
+    assert {type(part).__name__ for part in fused.modules()} >= set(classes)
+    oracle = gradients(exact, call, *(value.double() for value in given))
+    theirs = gradients(stock, call, *given)
+    mine = gradients(fused, call, *given)
+    for name, *values in zip(range(len(mine)), oracle, theirs, mine, strict=True):
+        truth, their, my = values
+        assert my.dtype == their.dtype and my.shape == their.shape, name
+        scale = truth.abs().max()
+        allowed = 4 * (their - truth).abs().max() + 2**-20 * scale
+        assert (my - truth).abs().max() <= allowed, name
+
+
+def image(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "groups", "height", "width"),
+    [(8, 4, 3, 5), (96, 32, 9, 15), (70, 35, 8, 8), (64, 1, 16, 17)],
+)
+def test_group_norm(channels, groups, height, width, activated):
+    def call(norm, x):
+        if isinstance(norm, layers.FusedGroupNorm):
+            return norm(x, activated=activated)
+        y = norm(x)
+        return functional.silu(y) if activated else y
+
+    norm = nn.GroupNorm(groups, channels, eps=1e-6)
+    x = image(2, channels, height, width)
+    assert_as_good(norm, call, x, classes=["FusedGroupNorm"])
+    x = x.to(memory_format=torch.channels_last)
+    assert_as_good(norm, call, x, classes=["FusedGroupNorm"])
+
+
+def test_group_norm_of_a_large_mean():
+    norm = nn.GroupNorm(4, 8)
+    x = 1000 + image(2, 8, 9, 15)
+    assert_as_good(norm, lambda module, x: module(x), x, classes=["FusedGroupNorm"])
+
+
+@pytest.mark.parametrize("width", [8, 40, 320])
+def test_layer_norm(width):
+    x = image(3, 7, width)
+    assert_as_good(nn.LayerNorm(width), lambda norm, x: norm(x), x, classes=["FusedLayerNorm"])
+
+
+def test_layer_norm_with_more_rows_than_programs_have_tiles(monkeypatch):
+    monkeypatch.setattr(layers.kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(layers.kernels, "TILE", 16)
+    x = image(11, 8)
+    assert_as_good(nn.LayerNorm(8), lambda norm, x: norm(x), x, classes=["FusedLayerNorm"])
+
+
+def test_geglu():
+    x = 2 * image(3, 5, 16)
+    assert_as_good(GEGLU(16, 24), lambda gate, x: gate(x), x, classes=["FusedGEGLU"])
+
+
+@pytest.mark.parametrize("out", [16, 32])
+def test_resnet_block(out):
+    block = ResnetBlock2D(in_channels=16, out_channels=out, temb_channels=12, groups=8).eval()
+    assert_as_good(
+        *(block, lambda module, x, t: module(x, t), image(2, 16, 5, 6), image(2, 12)),
+        classes=["FusedResnetBlock", "FusedGroupNorm"],
+    )
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_transformer(linear):
+    block = Transformer2DModel(
+        *(2, 8, 16),
+        cross_attention_dim=12,
+        norm_num_groups=8,
+        use_linear_projection=linear,
+    ).eval()
+    assert_as_good(
+        *(block, lambda module, x, text: module(x, text, return_dict=False)[0]),
+        *(image(2, 16, 4, 6), image(2, 3, 12)),
+        classes=["FusedTransformer", "FusedLayerNorm", "FusedGEGLU"],
+    )
+
+
+def test_what_is_not_plain_stays():
+    block = ResnetBlock2D(in_channels=8, temb_channels=4, groups=4, down=True)
+    norm = nn.GroupNorm(2, 4, affine=False)
+    for module in (block, norm, nn.LayerNorm((2, 3)), nn.LayerNorm(4, bias=False)):
+        layers.fuse(module)
+        assert not type(module).__name__.startswith("Fused")
+
+
+def test_a_unet_computes_the_same():
+    unet = tiny.unet()
+    text = image(2, 3, unet.config.cross_attention_dim)
+    x = image(2, unet.config.in_channels, 8, 8)
+
+    def call(module, x, text):
+        return module(x, torch.tensor([3, 700]), text, return_dict=False)[0]
+
+    assert_as_good(unet.eval(), call, x, text, classes=["FusedResnetBlock", "FusedTransformer"])
+
+
+def test_frozen_weights_get_no_gradient():
+    norm = nn.GroupNorm(2, 4).requires_grad_(False)
+    layers.fuse(norm)
+    x = image(1, 4, 3, 3).requires_grad_()
+    norm(x).sum().backward()
+    assert x.grad is not None
+    assert norm.weight.grad is None
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_training_begins_as_its_reference_and_goes_as_without(rank, tmp_path, monkeypatch):
+    monkeypatch.setattr("inpo_fast.training.step.count_flops", lambda _: (1, 2))
+    model = tiny.save_pipeline(tmp_path / "model")
+    logged = []
+    for name, fused in (("plain", False), ("fused", True)):
+        changes = {"rank": rank, "inversion_steps": 1, "max_train_steps": 1}
+        config = tiny.config(model, tmp_path / name, fused_layers=fused, **changes)
+        run = PreferenceTrainer(config, dataset=tiny.pairs())
+        logged.append(run.train())
+        assert ("FusedResnetBlock" in {type(m).__name__ for m in run.policy.modules()}) is fused
+    plain, fused = logged
+    assert fused[0]["policy_winner"] == fused[0]["reference_winner"]
+    assert fused[0]["loss"] == plain[0]["loss"]
+    assert fused[0]["margin_mean"] == 0.0
+    # float32 errors of order 1, in other orders of summation
+    assert fused[0]["policy_winner"] == pytest.approx(plain[0]["policy_winner"], rel=1e-5)
+    assert fused[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=1e-4)

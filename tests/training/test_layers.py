@@ -1,0 +1,80 @@
+"""The fused layers: run interpreted.py, and compile every kernel for GPUs that need not be here."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).with_name("interpreted.py")
+
+
+def test_interpreted():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+KINDS = {"x": "half", "dy": "half", "y": "half", "dx": "half"}
+"""Of pointers; all others are float32."""
+WIDTHS = (320, 1280)
+CONSTANTS = {
+    "_group_norm_parts_kernel": [{}],
+    "_group_norm_moments_kernel": [{"SIZE": size} for size in (16, 128)],
+    "_group_norm_kernel": [{"ACTIVATED": value} for value in (False, True)],
+    "_group_norm_backward_parts_kernel": [{"ACTIVATED": value} for value in (False, True)],
+    "_group_norm_backward_means_kernel": [{"SIZE": size} for size in (16, 128)],
+    "_group_norm_backward_kernel": [{"ACTIVATED": value} for value in (False, True)],
+    "_layer_norm_kernel": [{"width": width} for width in WIDTHS],
+    "_layer_norm_backward_kernel": [{"width": width} for width in WIDTHS],
+    "_geglu_kernel": [{}],
+    "_geglu_backward_kernel": [{}],
+}
+
+
+def test_every_kernel_is_listed():
+    kernels = pytest.importorskip("inpo_fast.training.layer_kernels")
+    assert {name for name in vars(kernels) if name.endswith("_kernel")} == set(CONSTANTS)
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_no_kernel_spills(name, tmp_path, monkeypatch):
+    """For bfloat16 and float32, as the launchers would have them compiled."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from inpo_fast.training import layer_kernels as kernels
+    from tests.ops.test_triton_compiles import CAPABILITIES, usage
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(kernels, name)
+    fixed = {"PIXELS": kernels.PIXELS, "CHANNELS": kernels.CHANNELS, "ROWS": kernels.ROWS}
+    fixed |= kernels._GATE
+    for capability in CAPABILITIES:
+        for half, given in itertools.product(("bf16", "fp32"), CONSTANTS[name]):
+            constants = fixed | (kernels._row_tile(given["width"]) if "width" in given else given)
+            signature, values, attributes = {}, {}, {}
+            for i, argument in enumerate(kernel.arg_names):
+                if argument in constants and argument != "width":
+                    signature[argument], values[(i,)] = "constexpr", constants[argument]
+                elif argument == "eps":
+                    signature[argument] = "fp32"
+                elif argument.endswith("_ptr"):
+                    kind = KINDS.get(argument.removesuffix("_ptr"))
+                    signature[argument] = f"*{half if kind else 'fp32'}"
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+                else:
+                    signature[argument] = "i32"
+                    if argument in ("channels", "width", "pixels"):
+                        attributes[(i,)] = [["tt.divisibility", 16]]
+            source = ASTSource(kernel, signature, values, attributes)
+            made = compile(source, GPUTarget("cuda", capability, 32), dict(kernels.OPTIONS))
+            used = usage(made.asm["cubin"], tmp_path / "kernel.cubin")
+            assert used["STACK"] == used["LOCAL"] == 0, (capability, half, given, used)
+            # two blocks of threads on a multiprocessor at least
+            assert 2 * used["REG"] * 32 * made.metadata.num_warps <= 65536, (half, given, used)
