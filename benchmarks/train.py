@@ -8,8 +8,9 @@ for the trainer's depth buckets, 6.4 for the script), which is exact because a s
 in the depth. Before anything is timed, both sides must have computed the same loss in float32 from
 the same pair, timesteps and noise (the trainer with `latents="official"`).
 
-Cases for ``--only``: ``sd15`` and ``sdxl``; ``sdxl lora`` (peak memory at one pair); ``2 gpus``
-(the trainer in two processes against one).
+Cases for ``--only``: ``sd15`` and ``sdxl`` with fused layers; ``sdxl lora`` (peak memory at one
+pair); ``2 gpus`` (the trainer in two processes against one); ``sd15 compiled``, ``sdxl compiled``
+with compiled blocks in their place, which takes minutes more.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from inpo_fast.training.metrics import measured_peak
 from inpo_fast.training.step import Learner
 from inpo_fast.training.trajectory import Call
 
-CASES = ("sd15", "sdxl lora", "sdxl", "2 gpus")
+CASES = ("sd15", "sdxl lora", "sdxl", "2 gpus", "sd15 compiled", "sdxl compiled")
 SPEEDUP = {"sd15": {1: 6.0, 4: 12.0}, "sdxl": {1: 3.0, 4: 5.0}}
 """Targets against the official step, by samples of an inversion."""
 MFU = {"sd15": 0.40, "sdxl": 0.55}
@@ -72,7 +73,8 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
         elif case == "sdxl lora":
             yield lora_row(training_loop.setting("sdxl", quick), device)
         else:
-            yield from model_rows(case, training_loop.setting(case, quick), device, quick)
+            given = training_loop.setting(case.split()[0], quick)
+            yield from model_rows(case, given, device, quick)
         release(device)
 
 
@@ -93,39 +95,42 @@ def our_rows(
     """Yield the trainer's rows against the official step."""
     trainer = training_loop.make_trainer(given, device)
     ours = Ours(trainer, device, least)
-    sizes = {}
-    for pairs in given.batches:
-        try:
-            sizes[pairs] = ours.timed(pairs, 1)
-        except torch.OutOfMemoryError:
-            print(f"     {name}: no memory for micro-batches of {pairs} pairs", flush=True)
-            trainer.optimizer.zero_grad(set_to_none=True)
-            release(device)
-            break
-        yield rate(f"{name}, eager, micro-batch of {pairs} pairs", sizes[pairs], official=rival)
-    pairs = min(sizes, key=lambda size: sizes[size].sample)
-    eager = sizes[pairs]
+    stock: dict[int, Timed] = {}
+    for pairs in (1, given.pairs):
+        stock[pairs] = ours.timed(pairs, 1)
+        yield rate(f"{name}, stock layers, {pairs} pairs", stock[pairs], official=rival)
+    pairs = given.pairs
+    forwards = {count: ours.forward(count) for count in (1, pairs)}
     levers = Levers(name, ours, pairs)
-    plain = ours.forward(pairs)
-    if name == "sd15":
-        yield levers.batching(eager, ours.forward(1) / plain)
+    gain = stock[1].sample / stock[pairs].sample
+    yield levers.row("micro-batches", gain, forwards[1] / forwards[pairs], samples=1)
 
-    if not quick:  # on a CPU tiny blocks take minutes to compile too
+    lever = "fused layers"
+    if name.endswith("compiled"):
+        lever = "compiled blocks"
         for module in (trainer.policy, trainer.learner.networks.reference):
             policy.compile_model(module, "blocks", trainer.model.family.blocks)
-    seconds = compile_seconds(ours, pairs)
-    yield Row(f"{name}, first micro-step with compilation", "wall clock", "s", seconds, {}, {})
-    compiled = ours.forward(pairs)
+        seconds = first_seconds(ours, pairs)
+        yield Row(f"{name}, first micro-step with compilation", "wall clock", "s", seconds, {}, {})
+    elif device == "cuda":
+        for module in (trainer.policy, trainer.learner.networks.reference):
+            policy.fuse_layers(module, trainer.accelerator.device, sharded=False)
+        # in the layout of the weights, as where the trainer makes them itself
+        trainer.optimizer.state.clear()
+        trainer.optimizer.zero_grad(set_to_none=True)
+    forward = ours.forward(pairs)
     peak = measured_peak(trainer.accelerator.device, trainer.dtype)
     best: dict[int, Timed] = {}
     for samples in REUSE:
         best[samples] = ours.timed(pairs, samples)
-        label = f"{name}, micro-batch of {pairs} pairs, samples_per_inversion {samples}"
-        yield rate(label, best[samples], target=SPEEDUP[name].get(samples), official=rival)
+        label = f"{name}, {pairs} pairs, samples_per_inversion {samples}"
+        target = SPEEDUP[name.split()[0]].get(samples)
+        yield rate(label, best[samples], target=target, official=rival)
         yield utilisation(f"{label}, rate of the whole step", name, ours, best[samples], peak)
         yield overhead(label, *ours.against_calls(pairs, samples))
+    gain = stock[pairs].sample / best[1].sample
+    yield levers.row(lever, gain, forwards[pairs] / forward, samples=1)
     if name == "sd15":
-        yield levers.compilation(eager, best, plain / compiled)
         yield levers.reuse(best)
         yield levers.buckets(best)
         yield levers.cache(best, given, device)
@@ -272,8 +277,8 @@ def calls_before_the_last(learner: Learner, pairs: int, number: int) -> int:
     return len(learner.timesteps.draw(together, source).grid)
 
 
-def compile_seconds(ours: Ours, pairs: int) -> float:
-    """Seconds of the first micro-step after `compile_model`."""
+def first_seconds(ours: Ours, pairs: int) -> float:
+    """Seconds of the next micro-step, the first after a change."""
     learner = ours.learner(1)
     loader = batches(ours.trainer, pairs)
     batch = next(loader)
@@ -287,8 +292,8 @@ def compile_seconds(ours: Ours, pairs: int) -> float:
 class Levers:
     """What the best configuration loses when one thing is switched off: gain predicted, measured.
 
-    Predictions by arithmetic count model calls: a backward is two forwards. Those for compilation
-    and batching take the time of one forward without gradient for all the model does.
+    Predictions by arithmetic count model calls: a backward is two forwards. Those for layers and
+    micro-batches take the time of one forward without gradient for all the model does.
     """
 
     def __init__(self, name: str, ours: Ours, pairs: int) -> None:
@@ -310,16 +315,6 @@ class Levers:
 
     def mean_depth(self, samples: int) -> float:
         return self.ours.learner(samples).timesteps.mean_calls
-
-    def batching(self, eager: Timed, forward: float) -> Row:
-        """Against micro-batches of one pair, as the script has them; without compilation, which
-        would begin anew for another size."""
-        without = self.ours.timed(1, 1)
-        gain = without.sample / eager.sample
-        return self.row("micro-batches, eager", gain, forward, samples=1)
-
-    def compilation(self, eager: Timed, best: dict[int, Timed], forward: float) -> Row:
-        return self.row("compiled blocks", eager.sample / best[1].sample, forward, samples=1)
 
     def reuse(self, best: dict[int, Timed]) -> Row:
         top = max(best)
@@ -574,7 +569,7 @@ def utilisation(case: str, name: str, ours: Ours, timed: Timed, peak: float) -> 
         ours=achieved / 1e12,
         rivals={"bf16 matrix peak": peak / 1e12},
         ratios={"bf16 matrix peak": achieved / peak},
-        target={"bf16 matrix peak": MFU[name]},
+        target={"bf16 matrix peak": MFU[name.split()[0]]},
     )
 
 

@@ -27,13 +27,13 @@ class Setting:
 
     Attributes:
         model: name in `benchmarks.models`.
-        batches: pairs of a micro-batch to try, rising.
+        pairs: of a micro-batch.
         beta: β of the official example script.
         config: fields of `PreferenceConfig` that the model needs.
     """
 
     model: str
-    batches: tuple[int, ...]
+    pairs: int
     beta: float
     config: dict[str, Any]
 
@@ -43,17 +43,15 @@ class Setting:
 
 
 SETTINGS = {
-    "sd15": Setting("sd15", (16,), 2000.0, {}),
-    "sdxl": Setting(
-        "sdxl", (8,), 5000.0, {"optimizer": "adafactor", "gradient_checkpointing": True}
-    ),
+    "sd15": Setting("sd15", 16, 2000.0, {}),
+    "sdxl": Setting("sdxl", 8, 5000.0, {"optimizer": "adafactor", "gradient_checkpointing": True}),
 }
 
 
 def setting(name: str, quick: bool) -> Setting:
     """The setting of "sd15" or "sdxl"; `quick` has a tiny model and micro-batches."""
     found = SETTINGS[name]
-    return replace(found, model=f"{found.model}-small", batches=(1, 2)) if quick else found
+    return replace(found, model=f"{found.model}-small", pairs=2) if quick else found
 
 
 def make_trainer(given: Setting, device: str, **changes: Any) -> PreferenceTrainer:
@@ -93,7 +91,7 @@ def make_trainer(given: Setting, device: str, **changes: Any) -> PreferenceTrain
         **changes,
     }
     return PreferenceTrainer(
-        PreferenceConfig(**config), pipeline, make_pairs(given.model, max(given.batches))
+        PreferenceConfig(**config), pipeline, make_pairs(given.model, given.pairs)
     )
 
 
