@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kErrorThreads)
       for (int u = 0; u < kUnroll; ++u) {
         if (i + u * step + N > arguments.per_sample) continue;
         a[u] = load<N>(theta, begin + i + u * step);
-        if constexpr (kRef) b[u] = load<N>(ref, begin + i + u * step);
+        // The backward of most losses reads the other two.
+        if constexpr (kRef) b[u] = load<N, true>(ref, begin + i + u * step);
         c[u] = load<N>(target, begin + i + u * step);
       }
 #pragma unroll
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // The backward reads what the forward has just read. It goes through every sample from its end, and
 // through all samples side by side, as that did from the beginning: so it meets first what the
-// cache still holds.
+// cache still holds, which its own result does not drive out.
 template <class T, class M, bool kRef, int N>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const BackwardArguments arguments, int64_t rows) {
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       out.lane[k] = narrow<T>(value);
     }
-    store(static_cast<T*>(arguments.out.data), begin + i, out);
+    store<true>(static_cast<T*>(arguments.out.data), begin + i, out);
   }
 }
 

@@ -45,19 +45,21 @@ struct Access<2> {
 template <class T, int N>
 using Words = typename Access<(sizeof(T) * N < 16 ? sizeof(T) * N : 16)>::Type;
 
-template <int N, class T>
+// kOnce: nobody reads it again soon, so the cache keeps other things in its place.
+template <int N, bool kOnce = false, class T>
 __device__ __forceinline__ Vector<T, N> load(const T* data, int64_t i) {
   using Word = Words<T, N>;
   Vector<T, N> vector;
 #pragma unroll
   for (int w = 0; w < static_cast<int>(sizeof(vector) / sizeof(Word)); ++w) {
-    const Word word = reinterpret_cast<const Word*>(data + i)[w];
+    const Word* place = reinterpret_cast<const Word*>(data + i) + w;
+    const Word word = kOnce ? __ldcs(place) : *place;
     memcpy(reinterpret_cast<char*>(&vector) + w * sizeof(Word), &word, sizeof(Word));
   }
   return vector;
 }
 
-template <class T, int N>
+template <bool kOnce = false, class T, int N>
 __device__ __forceinline__ void store(T* data, int64_t i, const Vector<T, N>& vector) {
   using Word = Words<T, N>;
 #pragma unroll
@@ -65,7 +67,8 @@ __device__ __forceinline__ void store(T* data, int64_t i, const Vector<T, N>& ve
     Word word;
     memcpy(&word, reinterpret_cast<const char*>(&vector) + w * sizeof(Word), sizeof(Word));
     // An assignment would be taken apart into stores of members.
-    __stwb(reinterpret_cast<Word*>(data + i) + w, word);
+    Word* place = reinterpret_cast<Word*>(data + i) + w;
+    kOnce ? __stcs(place, word) : __stwb(place, word);
   }
 }
 

@@ -42,9 +42,11 @@ OPTIONS: dict[str, Any] = {"num_warps": THREADS // 32, "enable_fp_fusion": False
 
 
 @triton.jit
-def _locate(n, blocks, BLOCK: tl.constexpr):
+def _locate(n, blocks, BLOCK: tl.constexpr, REVERSED: tl.constexpr = False):
     """Return the row, the place of its first element here, the lanes and which of them exist."""
     program = tl.program_id(0)
+    if REVERSED:
+        program = tl.num_programs(0) - 1 - program
     row = program * 0
     if blocks > 0:
         row = program // blocks
@@ -405,7 +407,8 @@ def _errors_kernel(
         residual = _residual(theta, target)
         e_theta += residual * residual
         if ref_ptr is not None:
-            ref = _load(ref_ptr, place, lane, mask)
+            # Read once: the backward of most losses reads the other two.
+            ref = tl.load(ref_ptr + place + lane, mask=mask, other=0, eviction_policy="evict_first")
             residual = _residual(ref, target)
             e_ref += residual * residual
             residual = _residual(theta, ref)
@@ -463,7 +466,9 @@ def _preference_backward_kernel(
     blocks,
     BLOCK: tl.constexpr,
 ):
-    row, place, lane, mask = _locate(n, blocks, BLOCK)
+    # From the end, where the forward has just been: first what the cache still holds, which the
+    # result does not drive out.
+    row, place, lane, mask = _locate(n, blocks, BLOCK, REVERSED=True)
     theta = _load(theta_ptr, place, lane, mask)
     target = _load(target_ptr, place, lane, mask)
     value = _wide(tl.load(a_ptr + row)) * _residual(theta, target)
@@ -471,7 +476,7 @@ def _preference_backward_kernel(
         ref = _load(ref_ptr, place, lane, mask)
         value = value + _wide(tl.load(b_ptr + row)) * _residual(theta, ref)
     out = _round(value, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + place + lane, out, mask=mask)
+    tl.store(out_ptr + place + lane, out, mask=mask, eviction_policy="evict_first")
 
 
 # --- Launchers --------------------------------------------------------------------------------

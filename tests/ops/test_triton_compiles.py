@@ -139,7 +139,7 @@ def test_elements_are_read_and_written_in_units_of_128_bits():
             if "fp64" in pointers.values():
                 continue  # two elements for each thread
             text = kernel.asm["ptx"]
-            wide = re.findall(r"(ld|st)\.global\.v(\d)\.b(\d+)", text)
+            wide = re.findall(r"(ld|st)\.global(?:\.[\w:]+)*?\.v(\d)\.b(\d+)", text)
             assert {"ld", "st"} <= {way for way, n, bits in wide if int(n) * int(bits) == 128}
             # The others: four elements of 16 bits beside four of 32.
             assert all(int(n) * int(bits) in (64, 128) for _, n, bits in wide), pointers
