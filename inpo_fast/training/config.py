@@ -153,8 +153,8 @@ class PreferenceConfig:
     )
     compile: Literal["none", "blocks", "full"] = _option(
         "none",
-        "torch.compile for policy and reference: nothing, the repeated blocks (compiles in "
-        "seconds), or the whole denoiser (fastest, compiles in minutes)",
+        "torch.compile for policy and reference: nothing, the repeated blocks, or the whole "
+        "denoiser; it takes minutes to compile, once for every size of a batch",
     )
     fused_layers: bool = _option(
         False,
