@@ -3,6 +3,7 @@
 
 Each lever is the call that a Sampler captures with one thing changed. A lever is of use only if the
 bits stay: the call must repeat itself, and a second compilation from nothing must give the same.
+The fused layers of training are tried without a compiler: what it would do to them, they have done.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ def nothing(unet: nn.Module) -> None:
     """As the sampler does it."""
 
 
+def fused(unet: nn.Module) -> None:
+    """Norms and gates as Triton kernels."""
+    from inpo_fast.training.layers import fuse
+
+    fuse(unet)
+
+
 def config(**values: object) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Compile with other settings of Inductor."""
     return lambda: inductor.patch(**values)
@@ -38,8 +46,10 @@ def attention(backend: SDPBackend) -> Callable[[], contextlib.AbstractContextMan
     return lambda: sdpa_kernel([backend])
 
 
+UNCOMPILED = "fused layers, captured only"
 # Changes of the model, and settings while it is compiled and captured.
 LEVERS: dict[str, tuple[Change, Callable[[], contextlib.AbstractContextManager[Any]]]] = {
+    UNCOMPILED: (fused, contextlib.nullcontext),
     "cuDNN attention": (nothing, attention(SDPBackend.CUDNN_ATTENTION)),
     "flash attention": (nothing, attention(SDPBackend.FLASH_ATTENTION)),
     "fused QKV": (lambda unet: unet.fuse_qkv_projections(), contextlib.nullcontext),
@@ -73,13 +83,15 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
         shipped = prepare(name, nothing, contextlib.nullcontext)
         for lever, (change, settings) in LEVERS.items():
             try:
-                replay, same, seconds = prepare(name, change, settings)
+                replay, same, seconds = prepare(
+                    name, change, settings, compiled=lever != UNCOMPILED
+                )
             except Exception as error:
                 print(f"     {name}, {lever}: {' '.join(str(error).split())[:150]}", flush=True)
                 continue
             contenders = {"shipped": shipped[0], "ours": replay}
             times = interleaved(contenders, device=device, rounds=3 if quick else 9, seconds=0.1)
-            note = f"bits stay: {same}, compiled twice in {seconds:.0f} s"
+            note = f"bits stay: {same}, made twice in {seconds:.0f} s"
             yield Row(
                 case=f"{name}, batch 2, {lever} ({note})",
                 metric="GPU time of a model call",
@@ -92,9 +104,13 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
 
 @torch.no_grad()
 def prepare(
-    name: str, change: Change, settings: Callable[[], contextlib.AbstractContextManager[Any]]
+    name: str,
+    change: Change,
+    settings: Callable[[], contextlib.AbstractContextManager[Any]],
+    *,
+    compiled: bool = True,
 ) -> tuple[Callable[[], object], bool, float]:
-    """Compile twice from nothing; return a captured call, whether its bits stay, and seconds."""
+    """Make it twice from nothing; return a captured call, whether its bits stay, and seconds."""
     model = models.denoiser(name, 2, "cuda", torch.bfloat16)
     change(model.unet)
     sample = models.latents(name, 2, "cuda").bfloat16()
@@ -104,8 +120,8 @@ def prepare(
     with reproducible(), settings():
         for _ in range(2):
             torch._dynamo.reset()
-            compiled = torch.compile(model, fullgraph=True, dynamic=False)
-            outputs += [compiled(sample, timestep).clone() for _ in range(2)]
+            call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+            outputs += [call(sample, timestep).clone() for _ in range(2)]
         seconds = time.perf_counter() - began
-        replay = captured(lambda: compiled(sample, timestep))
+        replay = captured(lambda: call(sample, timestep))
     return replay, all(torch.equal(outputs[0], other) for other in outputs[1:]), seconds
