@@ -72,7 +72,7 @@ class Settings:
     prompts: int = 256
     sample_steps: int = 20
     guidance: float = 3.0
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     first_timestep: int = 500
 
 

@@ -254,10 +254,12 @@ class Ours:
                 with torch.no_grad():
                     for _ in range(depth + 1 - samples):
                         learner._predict(networks.policy, call, told)
-                    for _ in range(samples):
-                        learner._predict(networks.reference, call, told)
                 for _ in range(samples):
-                    learner._predict(networks.wrapped, call, told).backward(gradient)
+                    with learner._repeating():
+                        output = learner._predict(networks.wrapped, call, told)
+                        with torch.no_grad():
+                            learner._predict(networks.reference, call, told)
+                        output.backward(gradient)
 
         seconds: tuple[list[float], list[float]] = ([], [])
         for job in (whole, alone):

@@ -9,12 +9,14 @@ eager, gradients exchanged once an optimiser step.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 
 import torch
 
 from benchmarks import training_loop
 from benchmarks.training_loop import batches, micro_steps, wall_clock
+from inpo_fast.determinism import reproducible_training
 
 
 def main() -> None:
@@ -45,6 +47,8 @@ def main() -> None:
             if last:
                 trainer.stepper.step()
 
+    settings = contextlib.ExitStack()
+    settings.enter_context(reproducible_training())  # as `PreferenceTrainer.train` does it
     job()
     accelerator.wait_for_everyone()
     # every process must run as often: by count, not by time

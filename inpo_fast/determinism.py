@@ -54,26 +54,37 @@ def reproducible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reproducible_training() -> Iterator[None]:
-    """`reproducible`, and the same gradient for the same input.
+    """`reproducible`, and what `deterministic_gradients` needs of the process.
 
-    torch chooses deterministic algorithms, of the backward of attention above all, and warns of
-    operators that have none. cuBLAS repeats its sums with the workspace that torch's documentation
-    names. A training that is resumed then goes on with the bits that it would have had.
+    cuBLAS repeats its sums with the workspace that torch's documentation names.
+    """
+    unset = _WORKSPACE not in os.environ
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
+    try:
+        with reproducible():
+            yield
+    finally:
+        if unset:
+            os.environ.pop(_WORKSPACE, None)
+
+
+@contextlib.contextmanager
+def deterministic_gradients() -> Iterator[None]:
+    """The same gradient for the same input: for forward and backward, in `reproducible_training`.
+
+    torch takes deterministic algorithms and raises where there is none. Attention above all: the
+    backward of cuDNN's, torch's first choice on recent GPUs, adds in the order in which blocks
+    finish, and only this mode keeps torch from it.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     filling: Any = torch.utils.deterministic
     fills = filling.fill_uninitialized_memory
-    unset = _WORKSPACE not in os.environ
-    os.environ.setdefault(_WORKSPACE, ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=warns or not before)
+    torch.use_deterministic_algorithms(True)
     # it would write to every new tensor, for programs that read what they have not written
     filling.fill_uninitialized_memory = False
     try:
-        with reproducible():
-            yield
+        yield
     finally:
         filling.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(before, warn_only=warns)
-        if unset:
-            os.environ.pop(_WORKSPACE, None)

@@ -5,7 +5,11 @@ import os
 import pytest
 import torch
 
-from inpo_fast.determinism import reproducible, reproducible_training
+from inpo_fast.determinism import (
+    deterministic_gradients,
+    reproducible,
+    reproducible_training,
+)
 
 
 def settings():
@@ -30,21 +34,29 @@ def before(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def test_a_training_has_deterministic_algorithms_and_leaves_no_trace(before):
+def test_a_training_has_its_settings_and_leaves_no_trace(before):
     with pytest.raises(KeyError), reproducible_training():
         inside = settings()
         raise KeyError
     assert settings() == before
-    assert inside["algorithms"] and inside["deterministic"] and not inside["benchmark"]
-    assert not inside["fill"]
-    # who asked torch to raise goes on having it raise; nobody else's training stops
-    assert inside["warn_only"] is not before["algorithms"]
+    assert inside["deterministic"] and not inside["benchmark"]
     assert inside["workspace"] == (before["workspace"] or ":4096:8")
+    # of gradients only
+    assert inside["algorithms"] is before["algorithms"]
+
+
+def test_gradients_are_deterministic_and_leave_no_trace(before):
+    """Warnings alone would let attention use an algorithm that repeats no bits."""
+    with pytest.raises(KeyError), deterministic_gradients():
+        inside = settings()
+        raise KeyError
+    assert settings() == before
+    assert inside["algorithms"] and not inside["warn_only"] and not inside["fill"]
 
 
 def test_runs_within_runs_restore_once(before):
     with reproducible():
-        with reproducible_training():
+        with reproducible_training(), deterministic_gradients():
             pass
         assert torch.backends.cudnn.deterministic
         assert settings()["algorithms"] is before["algorithms"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..determinism import deterministic_gradients
 from ..losses import OBJECTIVES, Objective, PreferenceLoss
 from . import draws
 from .batch import PairBatch
@@ -98,7 +99,7 @@ class Learner:
                     output = self._predict(self.networks.policy, call, told)
             else:
                 left -= 1
-                with self._exchanging(last and left == 0):
+                with self._exchanging(last and left == 0), self._repeating():
                     output = self._predict(self.networks.wrapped, call, told)
                     result = self._loss(output, call, told, batch)
                     loss = result.loss / (config.gradient_accumulation_steps * samples)
@@ -172,6 +173,11 @@ class Learner:
                 gain = (errors.e_ref - errors.e_theta).mean()
             settings["kl"] = self.accelerator.reduce(gain, reduction="mean").clamp(min=0)
         return self.objective.function(output, reference, target, **settings)
+
+    def _repeating(self) -> contextlib.AbstractContextManager[None]:
+        """Policy, reference and backward use the same kernels, whose bits repeat. The inversion,
+        which has no backward, may use others."""
+        return deterministic_gradients() if self.config.deterministic else contextlib.nullcontext()
 
     def _exchanging(self, exchange: bool) -> contextlib.AbstractContextManager[None]:
         """Whether the backward in here exchanges gradients between processes."""

@@ -192,7 +192,8 @@ class PreferenceTrainer:
             desc="Steps",
             disable=advance is not None or not self.accelerator.is_local_main_process,
         )
-        with bar, memory_advice(config), reproducible_training():
+        settings = reproducible_training() if config.deterministic else contextlib.nullcontext()
+        with bar, memory_advice(config), settings:
             while self.step < self.total_steps:
                 for part in range(accumulation):
                     batch = next(batches)

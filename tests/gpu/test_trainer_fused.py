@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from torch import nn
 from torch.nn import functional
 
-from inpo_fast.determinism import reproducible_training
+from inpo_fast.determinism import deterministic_gradients, reproducible_training
 from inpo_fast.training import layers
 from tests.gpu.trainings import (
     BLOCKS,
@@ -120,7 +120,7 @@ def test_the_gradient_of_long_attention_repeats():
         y.float().square().sum().backward()
         return [p.grad.clone() for p in block.parameters()]
 
-    with reproducible_training():
+    with reproducible_training(), deterministic_gradients():
         first, second = gradients(), gradients()
     assert all(map(torch.equal, first, second))
 

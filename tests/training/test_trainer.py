@@ -308,6 +308,26 @@ def test_compiled_blocks_train_alike_and_leave_no_trace(
     assert not any("_orig_mod" in name for name in names)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_has_a_gradient_is_deterministic(model, tmp_path, monkeypatch, deterministic):
+    run = trainer(model, tmp_path, deterministic=deterministic, max_train_steps=1)
+    seen = []
+    predict = run.learner._predict
+
+    def watched(network, call, told):
+        gradient = call.target is not None
+        seen.append((gradient, torch.are_deterministic_algorithms_enabled()))
+        return predict(network, call, told)
+
+    monkeypatch.setattr(run.learner, "_predict", watched)
+    run.train()
+    assert (False, False) in seen
+    # policy and reference
+    assert {strict for gradient, strict in seen if gradient} == {deterministic}
+    assert {strict for gradient, strict in seen if not gradient} == {False}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_fused_layers_need_a_gpu(model, tmp_path):
     with pytest.raises(ConfigError, match="fused_layers needs Triton: "):
         trainer(model, tmp_path, fused_layers=True)
