@@ -251,7 +251,8 @@ class Ours:
 
         def alone() -> None:
             for depth in depths:
-                with torch.no_grad():
+                # as in the trainer, weights are rounded once for these
+                with torch.no_grad(), learner._autocast(enabled=False):
                     for _ in range(depth + 1 - samples):
                         learner._predict(networks.policy, call, told)
                 for _ in range(samples):

@@ -93,21 +93,27 @@ class Learner:
         )
         samples = left = config.samples_per_inversion
         path = self._path(clean, micro, rows)
-        for call in path:
-            if call.target is None:
-                with torch.no_grad():
-                    output = self._predict(self.networks.policy, call, told)
-            else:
-                left -= 1
-                with self._exchanging(last and left == 0), self._repeating():
-                    output = self._predict(self.networks.wrapped, call, told)
-                    result = self._loss(output, call, told, batch)
-                    loss = result.loss / (config.gradient_accumulation_steps * samples)
-                    self.accelerator.backward(loss, gradient=poison(loss))
-                self.meter.add(result.metrics())
-            self._count(call, told)
-            if not call.last:
-                path.give(output)
+        with contextlib.ExitStack() as rounded:
+            # Around a context of autocast, one that does nothing keeps what it has rounded: the
+            # weights of the inversion are rounded once, not at every call.
+            rounded.enter_context(self._autocast(enabled=False))
+            for call in path:
+                if call.target is None:
+                    with torch.no_grad():
+                        output = self._predict(self.networks.policy, call, told)
+                else:
+                    # what was rounded without gradient must not serve a call with it
+                    rounded.close()
+                    left -= 1
+                    with self._exchanging(last and left == 0), self._repeating():
+                        output = self._predict(self.networks.wrapped, call, told)
+                        result = self._loss(output, call, told, batch)
+                        loss = result.loss / (config.gradient_accumulation_steps * samples)
+                        self.accelerator.backward(loss, gradient=poison(loss))
+                    self.meter.add(result.metrics())
+                self._count(call, told)
+                if not call.last:
+                    path.give(output)
 
     def _path(self, clean: Tensor, micro: int, rows: int) -> Trajectory:
         """The way to the training samples of a micro-batch, [rows·P, …]. The pairs of all processes
@@ -140,10 +146,12 @@ class Learner:
 
     def _predict(self, model: nn.Module, call: Call, told: Conditioning) -> Tensor:
         """A model's output at a call, [B, …] float32, computed in `dtype`."""
-        enabled = self.dtype != torch.float32
-        with torch.autocast(self.accelerator.device.type, self.dtype, enabled=enabled):
+        with self._autocast(enabled=self.dtype != torch.float32):
             output = self.family.predict(model, call.latents, call.timesteps, told)
         return output.float()
+
+    def _autocast(self, *, enabled: bool) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, self.dtype, enabled=enabled)
 
     def _loss(
         self, output: Tensor, call: Call, told: Conditioning, batch: PairBatch

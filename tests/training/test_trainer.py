@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inpo_fast.losses import OBJECTIVES
 from inpo_fast.training import policy
@@ -326,6 +327,44 @@ def test_what_has_a_gradient_is_deterministic(model, tmp_path, monkeypatch, dete
     assert {strict for gradient, strict in seen if gradient} == {deterministic}
     assert {strict for gradient, strict in seen if not gradient} == {False}
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a tensor is converted."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.place, self.count = tensor.data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function == torch.ops.aten._to_copy.default:
+            self.count += args[0].data_ptr() == self.place
+        return function(*args, **kwargs or {})
+
+
+def test_an_inversion_rounds_the_weights_once(model, tmp_path):
+    run = trainer(model, tmp_path, mixed_precision="bf16", inversion_steps=4, inversion_eta=0.1)
+    batch = next(run.data.loader(run.order))
+    weight = run.policy.conv_in.weight
+    depths = set()
+    for micro in range(8):
+        path = run.learner._path(batch.latents, micro, 2)
+        depths.add(path_length := sum(1 for _ in driven(path)))
+        run.optimizer.zero_grad()
+        with Casts(weight) as casts:
+            run.learner.learn(batch, micro, last=True)
+        # with gradient, and without where there is an inversion
+        assert casts.count == 1 + (path_length > 1)
+        assert weight.grad.abs().max() > 0
+        assert not torch.is_autocast_enabled("cpu")
+    assert max(depths) > 3
+
+
+def driven(path):
+    for call in path:
+        yield call
+        if not call.last:
+            path.give(torch.zeros_like(call.latents))
 
 
 def test_fused_layers_need_a_gpu(model, tmp_path):
