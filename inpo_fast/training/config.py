@@ -147,10 +147,10 @@ class PreferenceConfig:
         None, "of the model calls; by default what `accelerate config` says"
     )
     use_cpu: bool = _option(False, "train on the CPU even where there is an accelerator")
-    deterministic: bool = _option(
-        True,
-        "a resumed run ends with the bits of an uninterrupted one; without it attention may use "
-        "cuDNN's backward, which is faster and repeats no bits",
+    nondeterministic: bool = _option(
+        False,
+        "give up that a resumed run ends with the bits of an uninterrupted one: attention may then "
+        "use cuDNN's backward, which is faster and repeats no bits",
     )
     allow_tf32: bool = _option(False, "TF32 for float32 matrix products, on Ampere and later")
     gradient_checkpointing: bool = _option(

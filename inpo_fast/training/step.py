@@ -185,7 +185,8 @@ class Learner:
     def _repeating(self) -> contextlib.AbstractContextManager[None]:
         """Policy, reference and backward use the same kernels, whose bits repeat. The inversion,
         which has no backward, may use others."""
-        return deterministic_gradients() if self.config.deterministic else contextlib.nullcontext()
+        free = self.config.nondeterministic
+        return contextlib.nullcontext() if free else deterministic_gradients()
 
     def _exchanging(self, exchange: bool) -> contextlib.AbstractContextManager[None]:
         """Whether the backward in here exchanges gradients between processes."""

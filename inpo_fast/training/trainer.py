@@ -192,7 +192,8 @@ class PreferenceTrainer:
             desc="Steps",
             disable=advance is not None or not self.accelerator.is_local_main_process,
         )
-        settings = reproducible_training() if config.deterministic else contextlib.nullcontext()
+        free = config.nondeterministic
+        settings = contextlib.nullcontext() if free else reproducible_training()
         with bar, memory_advice(config), settings:
             while self.step < self.total_steps:
                 for part in range(accumulation):
