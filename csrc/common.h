@@ -48,8 +48,8 @@ inline Source source(const Tensor& t) { return {t.const_data_ptr(), t.scalar_typ
 inline Source source(const OptionalTensor& t) { return t ? source(*t) : Source{}; }
 inline Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), t.scalar_type()}; }
 
-// The Python functions explain wrong arguments; these checks only keep a direct call from reading
-// or writing outside a tensor.
+// These checks refuse whatever the Python ones do (inpo_fast/ops/validation.py), before anything is
+// written. The Python functions leave tensors to them, and explain what they have refused.
 inline void check_device(const Tensor& t, const Device& device) {
   const Device own(t);
   STD_TORCH_CHECK(own.type == device.type && own.index == device.index,
@@ -78,18 +78,18 @@ inline void check_float(const Tensor& t, bool allow_double) {
                   "unexpected dtype ", torch::headeronly::toString(dtype));
 }
 
-// Constants of shape [width] or [B, width] (width 1 also [] or [B]), made contiguous.
+// Constants of shape [width] or [B, width] (width 1: [], [1] or [B]), made contiguous.
 class Constants {
  public:
   Constants(const Tensor& t, const Tensor& x, int64_t width, const Device& device)
       : tensor_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {
     check_device(t, device);
-    const int64_t dim = t.dim();
-    by_sample_ = dim == (width == 1 ? 1 : 2) && t.numel() != width;
-    const int64_t rows = by_sample_ ? t.size(0) : 1;
-    STD_TORCH_CHECK(t.numel() == rows * width, "constants must have ", width, " per row");
-    STD_TORCH_CHECK(!by_sample_ || (x.dim() > 0 && rows == x.size(0)),
-                    "constants must have one row, or one per sample");
+    const int64_t dim = t.dim(), columns = width == 1 ? 0 : 1;
+    const bool row = dim <= 1 && t.numel() == width;
+    const bool rows = dim == columns + 1 && x.dim() > 0 && t.size(0) == x.size(0) &&
+                      (columns == 0 || t.size(1) == width);
+    STD_TORCH_CHECK(row || rows, "constants must be one row of ", width, ", or one per sample");
+    by_sample_ = rows && t.numel() != width;
   }
 
   bool by_sample() const { return by_sample_; }
@@ -107,7 +107,7 @@ class Constants {
 inline int32_t* status_word(const Tensor& status, const Device& device) {
   check_device(status, device);
   check_dtype(status, ScalarType::Int);
-  STD_TORCH_CHECK(status.numel() == 1, "status must have one element");
+  STD_TORCH_CHECK(status.dim() == 1 && status.size(0) == 1, "status must have shape [1]");
   return static_cast<int32_t*>(status.mutable_data_ptr());
 }
 

@@ -100,6 +100,10 @@ Tensor preference_backward(Tensor theta, OptionalTensor ref, Tensor target, Tens
   const Layout layout(theta, device, true);
   const Tensor theta_flat = layout.input(theta), target_flat = layout.input(target);
   const OptionalTensor ref_flat = layout.input(ref);
+  for (const Tensor* weight : {&a, &b}) {
+    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == theta.size(0),
+                    "expected one weight per sample");
+  }
   const Constants a_rows(a, theta, 1, device), b_rows(b, theta, 1, device);
   const Tensor out = layout.output(theta.scalar_type());
   const BackwardArguments arguments{source(theta_flat), source(ref_flat), source(target_flat),
