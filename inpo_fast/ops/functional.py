@@ -28,7 +28,7 @@ from inpo_fast.lattice import DEFAULT_FRAC_BITS
 from inpo_fast.ops import validation as check
 from inpo_fast.ops.autograd import AffineFunction, PreferenceErrorsFunction
 from inpo_fast.ops.choice import Impl, resolve
-from inpo_fast.ops.registration import KERNELS, OPS
+from inpo_fast.ops.registration import EAGER, KERNELS
 from inpo_fast.ops.status import STATUS_NONFINITE
 
 __all__ = [
@@ -70,17 +70,20 @@ def _call(name: str, impl: str, arguments: tuple[Any, ...]) -> Any:
     A native kernel checks its tensors before it writes, in a fraction of the time. So an eager call
     asks Python's checks only where a kernel has refused: they have the words.
     """
-    refusal: Exception | None = None
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        check.CHECKS[name](*arguments)
+        return _kernel(name, impl, arguments[0].device)(*arguments)
+    try:
+        backend = resolve(impl, arguments[0].device)
+        if backend != "native":
+            check.CHECKS[name](*arguments)
+        return EAGER[backend][name](*arguments)
+    except Exception:
         try:
-            if resolve(impl, arguments[0].device) == "native":
-                return OPS[name](*arguments)
-        except Exception as error:
-            refusal = error
-    check.CHECKS[name](*arguments)
-    if refusal is not None:
-        raise refusal
-    return _kernel(name, impl, arguments[0].device)(*arguments)
+            check.CHECKS[name](*arguments)
+        except (TypeError, ValueError) as wrong:
+            raise wrong from None
+        raise
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
