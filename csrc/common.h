@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #ifdef USE_CUDA
@@ -44,9 +45,27 @@ struct Device {
   bool is_cuda() const { return type == aoti_torch_device_type_cuda(); }
 };
 
-inline Source source(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type()}; }
+// The dtype of a tensor. torch's own conversion asks for the number of one dtype after the other,
+// in seven times the time, and a call needs it a dozen times.
+inline ScalarType dtype_of(const Tensor& t) {
+  static const std::pair<int32_t, ScalarType> known[] = {
+      {aoti_torch_dtype_float32(), ScalarType::Float},
+      {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+      {aoti_torch_dtype_float16(), ScalarType::Half},
+      {aoti_torch_dtype_int32(), ScalarType::Int},
+      {aoti_torch_dtype_int64(), ScalarType::Long},
+      {aoti_torch_dtype_float64(), ScalarType::Double}};
+  int32_t number = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  for (const auto& [own, dtype] : known) {
+    if (number == own) return dtype;
+  }
+  return t.scalar_type();
+}
+
+inline Source source(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t)}; }
 inline Source source(const OptionalTensor& t) { return t ? source(*t) : Source{}; }
-inline Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), t.scalar_type()}; }
+inline Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t)}; }
 
 // These checks refuse whatever the Python ones do (inpo_fast/ops/validation.py), before anything is
 // written. The Python functions leave tensors to them, and explain what they have refused.
@@ -64,7 +83,7 @@ inline void check_like(const Tensor& t, const Tensor& x, const Device& device) {
 }
 
 inline void check_dtype(const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "expected dtype ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(dtype_of(t) == dtype, "expected dtype ", torch::headeronly::toString(dtype));
 }
 
 inline bool is_16bit(ScalarType dtype) {
@@ -72,7 +91,7 @@ inline bool is_16bit(ScalarType dtype) {
 }
 
 inline void check_float(const Tensor& t, bool allow_double) {
-  const ScalarType dtype = t.scalar_type();
+  const ScalarType dtype = dtype_of(t);
   STD_TORCH_CHECK(dtype == ScalarType::Float || is_16bit(dtype) ||
                       (allow_double && dtype == ScalarType::Double),
                   "unexpected dtype ", torch::headeronly::toString(dtype));
