@@ -68,7 +68,8 @@ def _call(name: str, impl: str, arguments: tuple[Any, ...]) -> Any:
     """Check the arguments, which are in the operator's order, choose a backend and call it.
 
     A native kernel checks its tensors before it writes, in a fraction of the time. So an eager call
-    asks Python's checks only where a kernel has refused: they have the words.
+    asks Python's checks only where a kernel has refused: they have the words. A wrong argument goes
+    before a backend that is not there.
     """
     if torch.compiler.is_compiling():
         check.CHECKS[name](*arguments)
