@@ -64,7 +64,7 @@ bool Layout::matches(const Tensor& t) const {
 
 Tensor Layout::input(const Tensor& t) const {
   if (matches(t)) return t;
-  Tensor copy = empty_strided(device_, sizes_, strides_, dim_, t.scalar_type());
+  Tensor copy = empty_strided(device_, sizes_, strides_, dim_, dtype_of(t));
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -80,11 +80,11 @@ Tensor Layout::output(ScalarType dtype, int64_t copies) const {
   return empty_strided(device_, sizes.data(), strides_, dim_, dtype);
 }
 
-Tensor Layout::target(const Tensor& x) const { return matches(x) ? x : output(x.scalar_type()); }
+Tensor Layout::target(const Tensor& x) const { return matches(x) ? x : output(dtype_of(x)); }
 
 Tensor Layout::finish(const Tensor& result) const {
   if (strides_ == result_strides_) return result;
-  Tensor copy = empty_strided(device_, sizes_, result_strides_, dim_, result.scalar_type());
+  Tensor copy = empty_strided(device_, sizes_, result_strides_, dim_, dtype_of(result));
   torch::stable::copy_(copy, result);
   return copy;
 }

@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #ifdef USE_CUDA
@@ -44,12 +45,30 @@ struct Device {
   bool is_cuda() const { return type == aoti_torch_device_type_cuda(); }
 };
 
-inline Source source(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type()}; }
-inline Source source(const OptionalTensor& t) { return t ? source(*t) : Source{}; }
-inline Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), t.scalar_type()}; }
+// The dtype of a tensor. torch's own conversion asks for the number of one dtype after the other,
+// in seven times the time, and a call needs it a dozen times.
+inline ScalarType dtype_of(const Tensor& t) {
+  static const std::pair<int32_t, ScalarType> known[] = {
+      {aoti_torch_dtype_float32(), ScalarType::Float},
+      {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+      {aoti_torch_dtype_float16(), ScalarType::Half},
+      {aoti_torch_dtype_int32(), ScalarType::Int},
+      {aoti_torch_dtype_int64(), ScalarType::Long},
+      {aoti_torch_dtype_float64(), ScalarType::Double}};
+  int32_t number = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  for (const auto& [own, dtype] : known) {
+    if (number == own) return dtype;
+  }
+  return t.scalar_type();
+}
 
-// The Python functions explain wrong arguments; these checks only keep a direct call from reading
-// or writing outside a tensor.
+inline Source source(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t)}; }
+inline Source source(const OptionalTensor& t) { return t ? source(*t) : Source{}; }
+inline Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t)}; }
+
+// These checks refuse whatever the Python ones do (inpo_fast/ops/validation.py), before anything is
+// written. The Python functions leave tensors to them, and explain what they have refused.
 inline void check_device(const Tensor& t, const Device& device) {
   const Device own(t);
   STD_TORCH_CHECK(own.type == device.type && own.index == device.index,
@@ -64,7 +83,7 @@ inline void check_like(const Tensor& t, const Tensor& x, const Device& device) {
 }
 
 inline void check_dtype(const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "expected dtype ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(dtype_of(t) == dtype, "expected dtype ", torch::headeronly::toString(dtype));
 }
 
 inline bool is_16bit(ScalarType dtype) {
@@ -72,24 +91,24 @@ inline bool is_16bit(ScalarType dtype) {
 }
 
 inline void check_float(const Tensor& t, bool allow_double) {
-  const ScalarType dtype = t.scalar_type();
+  const ScalarType dtype = dtype_of(t);
   STD_TORCH_CHECK(dtype == ScalarType::Float || is_16bit(dtype) ||
                       (allow_double && dtype == ScalarType::Double),
                   "unexpected dtype ", torch::headeronly::toString(dtype));
 }
 
-// Constants of shape [width] or [B, width] (width 1 also [] or [B]), made contiguous.
+// Constants of shape [width] or [B, width] (width 1: [], [1] or [B]), made contiguous.
 class Constants {
  public:
   Constants(const Tensor& t, const Tensor& x, int64_t width, const Device& device)
       : tensor_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {
     check_device(t, device);
-    const int64_t dim = t.dim();
-    by_sample_ = dim == (width == 1 ? 1 : 2) && t.numel() != width;
-    const int64_t rows = by_sample_ ? t.size(0) : 1;
-    STD_TORCH_CHECK(t.numel() == rows * width, "constants must have ", width, " per row");
-    STD_TORCH_CHECK(!by_sample_ || (x.dim() > 0 && rows == x.size(0)),
-                    "constants must have one row, or one per sample");
+    const int64_t dim = t.dim(), columns = width == 1 ? 0 : 1;
+    const bool row = dim <= 1 && t.numel() == width;
+    const bool rows = dim == columns + 1 && x.dim() > 0 && t.size(0) == x.size(0) &&
+                      (columns == 0 || t.size(1) == width);
+    STD_TORCH_CHECK(row || rows, "constants must be one row of ", width, ", or one per sample");
+    by_sample_ = rows && t.numel() != width;
   }
 
   bool by_sample() const { return by_sample_; }
@@ -107,7 +126,7 @@ class Constants {
 inline int32_t* status_word(const Tensor& status, const Device& device) {
   check_device(status, device);
   check_dtype(status, ScalarType::Int);
-  STD_TORCH_CHECK(status.numel() == 1, "status must have one element");
+  STD_TORCH_CHECK(status.dim() == 1 && status.size(0) == 1, "status must have shape [1]");
   return static_cast<int32_t*>(status.mutable_data_ptr());
 }
 

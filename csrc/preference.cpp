@@ -26,16 +26,16 @@ void check_operands(const Tensor& theta, const OptionalTensor& ref, const Tensor
   STD_TORCH_CHECK(theta.dim() > 0, "theta must have a batch dimension");
   if (ref) {
     check_like(*ref, theta, device);
-    check_dtype(*ref, theta.scalar_type());
+    check_dtype(*ref, dtype_of(theta));
   }
   check_like(target, theta, device);
-  if (!is_16bit(theta.scalar_type()) || target.scalar_type() != ScalarType::Float) {
-    check_dtype(target, theta.scalar_type());
+  if (!is_16bit(dtype_of(theta)) || dtype_of(target) != ScalarType::Float) {
+    check_dtype(target, dtype_of(theta));
   }
 }
 
 ScalarType error_dtype(const Tensor& theta) {
-  return theta.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return dtype_of(theta) == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // The sums of all blocks, then means of samples in the order of their blocks.
@@ -100,8 +100,12 @@ Tensor preference_backward(Tensor theta, OptionalTensor ref, Tensor target, Tens
   const Layout layout(theta, device, true);
   const Tensor theta_flat = layout.input(theta), target_flat = layout.input(target);
   const OptionalTensor ref_flat = layout.input(ref);
+  for (const Tensor* weight : {&a, &b}) {
+    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == theta.size(0),
+                    "expected one weight per sample");
+  }
   const Constants a_rows(a, theta, 1, device), b_rows(b, theta, 1, device);
-  const Tensor out = layout.output(theta.scalar_type());
+  const Tensor out = layout.output(dtype_of(theta));
   const BackwardArguments arguments{source(theta_flat), source(ref_flat), source(target_flat),
                                     a_rows.rows(1),     b_rows.rows(1),   layout.per_sample(),
                                     sink(out)};

@@ -29,7 +29,7 @@ void check_outputs(const OptionalTensor& m1, const OptionalTensor& m2, const Ten
     check_float(**m, allow_double);
   }
   // GPU kernels read both as what the first one is.
-  if (m2) check_dtype(*m2, m1->scalar_type());
+  if (m2) check_dtype(*m2, dtype_of(*m1));
 }
 
 // --- Float states ---
@@ -38,7 +38,7 @@ void check_outputs(const OptionalTensor& m1, const OptionalTensor& m2, const Ten
 template <bool kInverse, bool kInPlace>
 Tensor run_affine(const Tensor& x, const Tensor& y, const OptionalTensor& m1,
                   const OptionalTensor& m2, const Tensor& coef, const OptionalTensor& status) {
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = dtype_of(x);
   const bool wide = dtype == ScalarType::Double;
   const Device device(x);
   check_float(x, true);
@@ -187,9 +187,8 @@ void lattice_scaled_(Tensor z, Tensor buffer, Tensor y, OptionalTensor m1, Optio
 // --- Into and out of the lattice ---
 
 void check_scale(const Tensor& scale) {
-  STD_TORCH_CHECK(
-      scale.scalar_type() == ScalarType::Float || scale.scalar_type() == ScalarType::Double,
-      "scale must be float32 or float64");
+  STD_TORCH_CHECK(dtype_of(scale) == ScalarType::Float || dtype_of(scale) == ScalarType::Double,
+                  "scale must be float32 or float64");
 }
 
 Tensor lattice_encode(Tensor x, Tensor scale, int64_t frac_bits, Tensor status) {

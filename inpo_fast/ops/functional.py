@@ -28,7 +28,7 @@ from inpo_fast.lattice import DEFAULT_FRAC_BITS
 from inpo_fast.ops import validation as check
 from inpo_fast.ops.autograd import AffineFunction, PreferenceErrorsFunction
 from inpo_fast.ops.choice import Impl, resolve
-from inpo_fast.ops.registration import KERNELS
+from inpo_fast.ops.registration import EAGER, KERNELS
 from inpo_fast.ops.status import STATUS_NONFINITE
 
 __all__ = [
@@ -64,30 +64,35 @@ def _kernel(name: str, impl: str, device: torch.device) -> Callable[..., Any]:
     return KERNELS[resolve(impl, device)][name]
 
 
+def _call(name: str, impl: str, arguments: tuple[Any, ...]) -> Any:
+    """Check the arguments, which are in the operator's order, choose a backend and call it.
+
+    A native kernel checks its tensors before it writes, in a fraction of the time. So an eager call
+    asks Python's checks only where a kernel has refused: they have the words. A wrong argument goes
+    before a backend that is not there.
+    """
+    if torch.compiler.is_compiling():
+        check.CHECKS[name](*arguments)
+        return _kernel(name, impl, arguments[0].device)(*arguments)
+    try:
+        backend = resolve(impl, arguments[0].device)
+        if backend != "native":
+            check.CHECKS[name](*arguments)
+        return EAGER[backend][name](*arguments)
+    except Exception:
+        try:
+            check.CHECKS[name](*arguments)
+        except (TypeError, ValueError) as wrong:
+            raise wrong from None
+        raise
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    """Say whether gradients are asked for. The arguments need not be checked before."""
+    return torch.is_grad_enabled() and check.any_requires_grad(tensors)
+
+
 # --- Float states -----------------------------------------------------------------------------
-
-
-def _check_affine(
-    x: Tensor,
-    y: Tensor,
-    coef: Tensor,
-    m1: Tensor | None,
-    m2: Tensor | None,
-    status: Tensor | None,
-) -> None:
-    wide = isinstance(x, Tensor) and x.dtype == torch.float64
-    outputs = check.UP_TO_FLOAT64 if wide else check.UP_TO_FLOAT32
-    rows = check.FLOAT64 if wide else check.FLOAT32
-    if check.is_update(
-        x, y, coef, m1, m2, status, states=check.UP_TO_FLOAT64, outputs=outputs, rows=rows
-    ):
-        return
-    check.check_tensor("x", x, check.UP_TO_FLOAT64)
-    check.check_like("y", y, "x", x, (x.dtype,))
-    check.check_outputs(m1, m2, "x", x, outputs)
-    check.check_rows("coef", coef, "x", x, rows)
-    if status is not None:
-        check.check_status_word(status, "x", x)
 
 
 def _affine(
@@ -100,11 +105,12 @@ def _affine(
     status: Tensor | None,
     impl: Impl,
 ) -> Tensor:
-    _check_affine(x, y, coef, m1, m2, status)
-    kernel = _kernel(name, impl, x.device)
-    if not (torch.is_grad_enabled() and check.any_requires_grad((x, y, m1, m2))):
-        result: Tensor = kernel(x, y, m1, m2, coef, status)
+    arguments = x, y, m1, m2, coef, status
+    if not _requires_grad(x, y, m1, m2, coef):
+        result: Tensor = _call(name, impl, arguments)
         return result
+    check.CHECKS[name](*arguments)
+    kernel = _kernel(name, impl, x.device)
     result = AffineFunction.apply(x, y, m1, m2, coef, kernel, name == "affine_inverse")  # type: ignore[no-untyped-call]
     if status is not None:
         nonfinite = ~torch.isfinite(result.detach()).all()  # []
@@ -122,10 +128,11 @@ def _affine_in_place(
     status: Tensor | None,
     impl: Impl,
 ) -> Tensor:
-    _check_affine(x, y, coef, m1, m2, status)
-    if torch.is_grad_enabled() and check.any_requires_grad((x, y, m1, m2)):
+    arguments = x, y, m1, m2, coef, status
+    if _requires_grad(x, y, m1, m2, coef):
+        check.CHECKS[name](*arguments)
         check.check_no_grad(f"{name} has no gradient, {name[:-1]} has", x=x, y=y, m1=m1, m2=m2)
-    _kernel(name, impl, x.device)(x, y, m1, m2, coef, status)
+    _call(name, impl, arguments)
     return x
 
 
@@ -215,62 +222,20 @@ def affine_inverse_(
 _LATTICE_GRAD = "a lattice has no gradient"
 
 
-def _check_lattice(
-    z: Tensor,
-    y: Tensor,
-    coef: Tensor,
-    m1: Tensor | None,
-    m2: Tensor | None,
-    frac_bits: int,
-    status: Tensor,
-) -> None:
-    states, outputs, rows = check.INT32, check.UP_TO_FLOAT32, check.FLOAT32
-    if status is None or not check.is_update(
-        z, y, coef, m1, m2, status, states=states, outputs=outputs, rows=rows
-    ):
-        check.check_tensor("z", z, states)
-        check.check_like("y", y, "z", z, states)
-        check.check_outputs(m1, m2, "z", z, outputs)
-        check.check_rows("coef", coef, "z", z, rows)
-        check.check_status_word(status, "z", z)
-    check.check_frac_bits(frac_bits)
-    if torch.is_grad_enabled() and check.any_requires_grad((m1, m2)):
-        check.check_no_grad(_LATTICE_GRAD, m1=m1, m2=m2)
-
-
 def _lattice(
     name: str,
-    z: Tensor,
-    y: Tensor,
-    coef: Tensor,
     m1: Tensor | None,
     m2: Tensor | None,
-    frac_bits: int,
-    status: Tensor,
-    impl: Impl,
-) -> Any:
-    _check_lattice(z, y, coef, m1, m2, frac_bits, status)
-    return _kernel(name, impl, z.device)(z, y, m1, m2, coef, frac_bits, status)
-
-
-def _lattice_scaled(
-    name: str,
-    z: Tensor,
-    buffer: Tensor,
-    y: Tensor,
     coef: Tensor,
-    ratio: Tensor,
-    m1: Tensor | None,
-    m2: Tensor | None,
     frac_bits: int,
-    status: Tensor,
     impl: Impl,
+    arguments: tuple[Any, ...],
 ) -> Any:
-    _check_lattice(z, y, coef, m1, m2, frac_bits, status)
-    check.check_like("buffer", buffer, "z", z, check.INT64)
-    check.check_rows("ratio", ratio, "z", z, check.INT64)
-    kernel = _kernel(name, impl, z.device)
-    return kernel(z, buffer, y, m1, m2, coef, ratio, frac_bits, status)
+    # The dispatcher would take True for 1.
+    if type(frac_bits) is not int or _requires_grad(m1, m2, coef):
+        check.CHECKS[name](*arguments)
+        check.check_no_grad(_LATTICE_GRAD, m1=m1, m2=m2)
+    return _call(name, impl, arguments)
 
 
 def lattice_update(
@@ -308,7 +273,8 @@ def lattice_update(
         TypeError, ValueError: wrong dtype, shape, device or layout, frac_bits out of range,
             model outputs that require grad, or a backend that is not there.
     """
-    result: Tensor = _lattice("lattice_update", z, y, coef, m1, m2, frac_bits, status, impl)
+    arguments = z, y, m1, m2, coef, frac_bits, status
+    result: Tensor = _lattice("lattice_update", m1, m2, coef, frac_bits, impl, arguments)
     return result
 
 
@@ -324,7 +290,8 @@ def lattice_inverse(
     impl: Impl = "auto",
 ) -> Tensor:
     """Return Z' = Z - Q, which undoes ``lattice_update`` exactly. Arguments are the same."""
-    result: Tensor = _lattice("lattice_inverse", z, y, coef, m1, m2, frac_bits, status, impl)
+    arguments = z, y, m1, m2, coef, frac_bits, status
+    result: Tensor = _lattice("lattice_inverse", m1, m2, coef, frac_bits, impl, arguments)
     return result
 
 
@@ -340,7 +307,8 @@ def lattice_update_(
     impl: Impl = "auto",
 ) -> Tensor:
     """Do ``lattice_update`` into z and return z."""
-    _lattice("lattice_update_", z, y, coef, m1, m2, frac_bits, status, impl)
+    arguments = z, y, m1, m2, coef, frac_bits, status
+    _lattice("lattice_update_", m1, m2, coef, frac_bits, impl, arguments)
     return z
 
 
@@ -356,7 +324,8 @@ def lattice_inverse_(
     impl: Impl = "auto",
 ) -> Tensor:
     """Do ``lattice_inverse`` into z and return z."""
-    _lattice("lattice_inverse_", z, y, coef, m1, m2, frac_bits, status, impl)
+    arguments = z, y, m1, m2, coef, frac_bits, status
+    _lattice("lattice_inverse_", m1, m2, coef, frac_bits, impl, arguments)
     return z
 
 
@@ -390,9 +359,9 @@ def lattice_scaled_update(
     Raises:
         TypeError, ValueError: as in ``lattice_update``.
     """
-    name = "lattice_scaled_update"
-    result: tuple[Tensor, Tensor] = _lattice_scaled(
-        name, z, buffer, y, coef, ratio, m1, m2, frac_bits, status, impl
+    arguments = z, buffer, y, m1, m2, coef, ratio, frac_bits, status
+    result: tuple[Tensor, Tensor] = _lattice(
+        "lattice_scaled_update", m1, m2, coef, frac_bits, impl, arguments
     )
     return result
 
@@ -411,9 +380,9 @@ def lattice_scaled_inverse(
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return Z', B' = (Z - Q, B) scaled by d/n: undoes ``lattice_scaled_update`` exactly."""
-    name = "lattice_scaled_inverse"
-    result: tuple[Tensor, Tensor] = _lattice_scaled(
-        name, z, buffer, y, coef, ratio, m1, m2, frac_bits, status, impl
+    arguments = z, buffer, y, m1, m2, coef, ratio, frac_bits, status
+    result: tuple[Tensor, Tensor] = _lattice(
+        "lattice_scaled_inverse", m1, m2, coef, frac_bits, impl, arguments
     )
     return result
 
@@ -432,8 +401,8 @@ def lattice_scaled_update_(
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Do ``lattice_scaled_update`` into z and buffer and return both."""
-    name = "lattice_scaled_update_"
-    _lattice_scaled(name, z, buffer, y, coef, ratio, m1, m2, frac_bits, status, impl)
+    arguments = z, buffer, y, m1, m2, coef, ratio, frac_bits, status
+    _lattice("lattice_scaled_update_", m1, m2, coef, frac_bits, impl, arguments)
     return z, buffer
 
 
@@ -451,8 +420,8 @@ def lattice_scaled_inverse_(
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Do ``lattice_scaled_inverse`` into z and buffer and return both."""
-    name = "lattice_scaled_inverse_"
-    _lattice_scaled(name, z, buffer, y, coef, ratio, m1, m2, frac_bits, status, impl)
+    arguments = z, buffer, y, m1, m2, coef, ratio, frac_bits, status
+    _lattice("lattice_scaled_inverse_", m1, m2, coef, frac_bits, impl, arguments)
     return z, buffer
 
 
@@ -481,12 +450,11 @@ def lattice_encode(
         TypeError, ValueError: wrong dtype, shape, device or layout, frac_bits out of range, x
             that requires grad, or a backend that is not there.
     """
-    check.check_tensor("x", x, check.UP_TO_FLOAT64)
-    check.check_scale(scale, "x", x)
-    check.check_frac_bits(frac_bits)
-    check.check_status_word(status, "x", x)
-    check.check_no_grad(_LATTICE_GRAD, x=x, scale=scale)
-    result: Tensor = _kernel("lattice_encode", impl, x.device)(x, scale, frac_bits, status)
+    name, arguments = "lattice_encode", (x, scale, frac_bits, status)
+    if type(frac_bits) is not int or _requires_grad(x, scale):
+        check.CHECKS[name](*arguments)
+        check.check_no_grad(_LATTICE_GRAD, x=x, scale=scale)
+    result: Tensor = _call(name, impl, arguments)
     return result
 
 
@@ -516,33 +484,17 @@ def lattice_decode(
         TypeError, ValueError: wrong dtype, shape, device or layout, frac_bits or copies out of
             range, scale that requires grad, or a backend that is not there.
     """
-    check.check_tensor("z", z, check.INT32)
-    check.check_scale(scale, "z", z)
-    check.check_frac_bits(frac_bits)
-    if dtype not in check.UP_TO_FLOAT64:
-        raise TypeError(f"dtype must be one of {check.UP_TO_FLOAT64}, got {dtype!r}")
-    if isinstance(copies, bool) or copies not in (1, 2):
-        raise ValueError(f"copies must be 1 or 2, got {copies!r}")
-    if copies == 2 and z.dim() == 0:
-        raise ValueError("z must have a batch dimension when copies is 2, got shape []")
-    check.check_no_grad(_LATTICE_GRAD, scale=scale)
-    kernel = _kernel("lattice_decode", impl, z.device)
-    result: Tensor = kernel(z, scale, frac_bits, copies, dtype)
+    name, arguments = "lattice_decode", (z, scale, frac_bits, copies, dtype)
+    # The dispatcher would take True for 1, and the number of a dtype for it.
+    usual = type(frac_bits) is type(copies) is int and type(dtype) is torch.dtype
+    if not usual or _requires_grad(scale):
+        check.CHECKS[name](*arguments)
+        check.check_no_grad(_LATTICE_GRAD, scale=scale)
+    result: Tensor = _call(name, impl, arguments)
     return result
 
 
 # --- Preference objectives --------------------------------------------------------------------
-
-
-def _check_preference(theta: Tensor, ref: Tensor | None, target: Tensor) -> None:
-    check.check_tensor("theta", theta, check.UP_TO_FLOAT64)
-    if theta.dim() == 0:
-        raise ValueError("theta must have a batch dimension, got shape []")
-    if ref is not None:
-        check.check_like("ref", ref, "theta", theta, (theta.dtype,))
-    wide = theta.dtype == torch.float64
-    dtypes = check.FLOAT64 if wide else (theta.dtype, torch.float32)
-    check.check_like("target", target, "theta", theta, dtypes)
 
 
 def preference_errors(
@@ -575,11 +527,12 @@ def preference_errors(
         TypeError, ValueError: wrong dtype, shape, device or layout, ref or target that requires
             grad, or a backend that is not there.
     """
-    _check_preference(theta, ref, target)
+    name, arguments = "preference_errors", (theta, ref, target)
+    if not _requires_grad(theta, ref, target):
+        return PreferenceErrors(*_call(name, impl, arguments))
+    check.CHECKS[name](*arguments)
     check.check_no_grad("preference errors differentiate theta only", ref=ref, target=target)
-    kernel = _kernel("preference_errors", impl, theta.device)
-    if not (torch.is_grad_enabled() and theta.requires_grad):
-        return PreferenceErrors(*kernel(theta, ref, target))
+    kernel = _kernel(name, impl, theta.device)
     backward_kernel = _kernel("preference_backward", impl, theta.device)
     errors = PreferenceErrorsFunction.apply(  # type: ignore[no-untyped-call]
         theta, ref, target, kernel, backward_kernel, differentiate_d
@@ -610,13 +563,11 @@ def preference_backward(
         TypeError, ValueError: wrong dtype, shape, device or layout, an argument that requires
             grad, or a backend that is not there.
     """
-    _check_preference(theta, ref, target)
-    dtypes = check.FLOAT64 if theta.dtype == torch.float64 else check.FLOAT32
-    check.check_weights("a", a, "theta", theta, dtypes)
-    check.check_weights("b", b, "theta", theta, dtypes)
-    check.check_no_grad(
-        "preference_backward has no gradient", theta=theta, ref=ref, target=target, a=a, b=b
-    )
-    kernel = _kernel("preference_backward", impl, theta.device)
-    result: Tensor = kernel(theta, ref, target, a, b)
+    name, arguments = "preference_backward", (theta, ref, target, a, b)
+    if _requires_grad(theta, ref, target, a, b):
+        check.CHECKS[name](*arguments)
+        check.check_no_grad(
+            "preference_backward has no gradient", theta=theta, ref=ref, target=target, a=a, b=b
+        )
+    result: Tensor = _call(name, impl, arguments)
     return result

@@ -13,12 +13,14 @@ block is contiguous. Constants that change from step to step are read from the d
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from inpo_fast.ops import reference
 
@@ -540,14 +542,14 @@ def _scales(scale: Tensor) -> tuple[Tensor, int]:
     return scale.contiguous(), 0 if scale.numel() == 1 else 1
 
 
-def _grid(x: Tensor, by_sample: bool, block: int) -> tuple[int, int, tuple[int]]:
-    """Return the elements of a row, the blocks of a row (0: there is one row) and the grid."""
+def _grid(x: Tensor, by_sample: bool, block: int) -> tuple[int, int, int]:
+    """Return the elements of a row, the blocks of a row (0: there is one row) and all blocks."""
     if not by_sample:
         n = x.numel()
-        return n, 0, (-(-n // block),)
+        return n, 0, -(-n // block)
     n = x.numel() // x.shape[0]
     blocks = -(-n // block)
-    return n, blocks, (x.shape[0] * blocks,)
+    return n, blocks, x.shape[0] * blocks
 
 
 def _block(result: Tensor) -> int:
@@ -555,11 +557,59 @@ def _block(result: Tensor) -> int:
     return THREADS * 16 // result.element_size()
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the device of x the current one: Triton launches there, on its current stream."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _HERE
     return torch.cuda.device_of(x)
+
+
+# Compiled kernels, each with a grid, by what they were compiled for and the values of scalars.
+_compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
+MOST_COMPILED = 4096
+
+
+def _launch(
+    kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], scalars: tuple[int, ...]
+) -> None:
+    """Launch the kernel with the tensors and then the scalars as its arguments, by position.
+
+    For Triton to find the compiled kernel that fits takes several times as long as to launch it.
+    What it compiles depends on the dtype and the alignment of a tensor and on the value of a
+    scalar, so where these come again, the kernel that it took before is launched.
+    """
+    grid = programs, 1, 1
+    knobs = triton.knobs
+    if knobs.runtime.add_stages_inspection_hook is not None:
+        # It may have every launch compiled in another way.
+        kernel[grid](*tensors, *scalars, **OPTIONS)
+        return
+    device = tensors[0].get_device()  # type: ignore[union-attr]
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    key = (
+        # The hash of a kernel is that of its source.
+        id(kernel),
+        programs,
+        device,
+        scalars,
+        *[None if t is None else t.dtype for t in tensors],
+        *[None if pointer is None else pointer & 15 for pointer in pointers],
+        knobs.runtime.debug,
+        knobs.compilation.instrumentation_mode,
+    )
+    launch = _compiled.get(key)
+    if launch is not None:
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        launch(*pointers, *scalars, stream=stream)
+        return
+    compiled = kernel[grid](*tensors, *scalars, **OPTIONS)
+    if isinstance(compiled, CompiledKernel):  # The interpreter has none.
+        if len(_compiled) >= MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = compiled[grid]
 
 
 def _affine(
@@ -579,23 +629,10 @@ def _affine(
     operand = layout.operand
     target = layout.target(result)
     block = _block(result)
-    n, blocks, grid = _grid(x, stride > 0, block)
+    n, blocks, programs = _grid(x, stride > 0, block)
     with _on(x):
-        _affine_kernel[grid](
-            operand(x),
-            operand(y),
-            operand(m1),
-            operand(m2),
-            coef,
-            target,
-            status,
-            n,
-            blocks,
-            stride,
-            INVERSE=inverse,
-            BLOCK=block,
-            **OPTIONS,
-        )
+        tensors = operand(x), operand(y), operand(m1), operand(m2), coef, target, status
+        _launch(_affine_kernel, programs, tensors, (n, blocks, stride, inverse, block))
         _finish(result, target)
     return result
 
@@ -618,24 +655,10 @@ def _lattice(
     operand = layout.operand
     target = layout.target(result)
     block = _block(result)
-    n, blocks, grid = _grid(z, stride > 0, block)
+    n, blocks, programs = _grid(z, stride > 0, block)
     with _on(z):
-        _lattice_kernel[grid](
-            operand(z),
-            operand(y),
-            operand(m1),
-            operand(m2),
-            coef,
-            target,
-            status,
-            n,
-            blocks,
-            stride,
-            frac_bits,
-            INVERSE=inverse,
-            BLOCK=block,
-            **OPTIONS,
-        )
+        tensors = operand(z), operand(y), operand(m1), operand(m2), coef, target, status
+        _launch(_lattice_kernel, programs, tensors, (n, blocks, stride, frac_bits, inverse, block))
         _finish(result, target)
     return result
 
@@ -662,9 +685,9 @@ def _lattice_scaled(
     operand = layout.operand
     target, buffer_target = (layout.target(result) for result in results)
     block = _block(z)
-    n, blocks, grid = _grid(z, by_sample, block)
+    n, blocks, programs = _grid(z, by_sample, block)
     with _on(z):
-        _scaled_kernel[grid](
+        tensors = (
             operand(z),
             operand(buffer),
             operand(y),
@@ -675,14 +698,12 @@ def _lattice_scaled(
             target,
             buffer_target,
             status,
-            n,
-            blocks,
-            coef_stride,
-            ratio_stride,
-            frac_bits,
-            INVERSE=inverse,
-            BLOCK=block,
-            **OPTIONS,
+        )
+        _launch(
+            _scaled_kernel,
+            programs,
+            tensors,
+            (n, blocks, coef_stride, ratio_stride, frac_bits, inverse, block),
         )
         _finish(results[0], target)
         _finish(results[1], buffer_target)
@@ -847,20 +868,10 @@ def lattice_encode(x: Tensor, scale: Tensor, frac_bits: int, status: Tensor) -> 
     layout = _Layout(x, stride > 0)
     target = layout.target(result)
     block = _block(result)
-    n, blocks, grid = _grid(x, stride > 0, block)
+    n, blocks, programs = _grid(x, stride > 0, block)
     with _on(x):
-        _encode_kernel[grid](
-            layout.operand(x),
-            scale,
-            target,
-            status,
-            n,
-            blocks,
-            stride,
-            frac_bits,
-            BLOCK=block,
-            **OPTIONS,
-        )
+        tensors = layout.operand(x), scale, target, status
+        _launch(_encode_kernel, programs, tensors, (n, blocks, stride, frac_bits, block))
         _finish(result, target)
     return result
 
@@ -876,20 +887,14 @@ def lattice_decode(
     # With two copies, the result has this layout.
     target = result if copies > 1 else layout.target(result)
     block = _block(result)
-    n, blocks, grid = _grid(z, stride > 0, block)
+    n, blocks, programs = _grid(z, stride > 0, block)
     with _on(z):
-        _decode_kernel[grid](
-            layout.operand(z),
-            scale,
-            target,
-            n,
-            blocks,
-            stride,
-            z.numel(),
-            frac_bits,
-            COPIES=copies,
-            BLOCK=block,
-            **OPTIONS,
+        tensors = layout.operand(z), scale, target
+        _launch(
+            _decode_kernel,
+            programs,
+            tensors,
+            (n, blocks, stride, z.numel(), frac_bits, copies, block),
         )
         _finish(result, target)
     return result
@@ -907,34 +912,15 @@ def preference_errors(
             error.fill_(0.0 if ref is None else torch.nan)
         return e_theta, e_ref, d
     layout = _Layout(theta, True)
-    n, blocks, grid = _grid(theta, True, ERROR_BLOCK * ERROR_TILES)
+    n, blocks, programs = _grid(theta, True, ERROR_BLOCK * ERROR_TILES)
     sums = torch.empty(batch * blocks, 3, dtype=torch.float64, device=theta.device)
     # A power of two, so that few numbers of blocks compile a kernel anew.
     sum_tiles = triton.next_power_of_2(-(-blocks // SUM_BLOCK))
     with _on(theta):
-        _errors_kernel[grid](
-            layout.operand(theta),
-            layout.operand(ref),
-            layout.operand(target),
-            sums,
-            n,
-            blocks,
-            TILES=ERROR_TILES,
-            BLOCK=ERROR_BLOCK,
-            **OPTIONS,
-        )
-        _means_kernel[(batch,)](
-            sums,
-            e_theta,
-            e_ref,
-            d,
-            n,
-            blocks,
-            WITH_REF=ref is not None,
-            TILES=sum_tiles,
-            BLOCK=SUM_BLOCK,
-            **OPTIONS,
-        )
+        tensors = layout.operand(theta), layout.operand(ref), layout.operand(target), sums
+        _launch(_errors_kernel, programs, tensors, (n, blocks, ERROR_TILES, ERROR_BLOCK))
+        tensors = sums, e_theta, e_ref, d
+        _launch(_means_kernel, batch, tensors, (n, blocks, ref is not None, sum_tiles, SUM_BLOCK))
     return e_theta, e_ref, d
 
 
@@ -947,20 +933,17 @@ def preference_backward(
     layout = _Layout(theta, True)
     out = layout.target(result)
     block = _block(theta)
-    n, blocks, grid = _grid(theta, True, block)
+    n, blocks, programs = _grid(theta, True, block)
     with _on(theta):
-        _preference_backward_kernel[grid](
+        tensors = (
             layout.operand(theta),
             layout.operand(ref),
             layout.operand(target),
             a.contiguous(),
             b.contiguous(),
             out,
-            n,
-            blocks,
-            BLOCK=block,
-            **OPTIONS,
         )
+        _launch(_preference_backward_kernel, programs, tensors, (n, blocks, block))
         _finish(result, out)
     return result
 

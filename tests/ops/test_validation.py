@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from inpo_fast import ops
+from inpo_fast.ops.registration import EAGER, OPS
 from tests.ops import cases
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -45,6 +46,8 @@ WRONG = [
     ("affine_update", {"y": torch.zeros(2, 3, 4, 5)}, ValueError, r"y must .*\[2, 3, 4, 5\]"),
     ("affine_update", {"y": torch.zeros(S, dtype=F16)}, TypeError, "y must be torch.float32, got"),
     ("affine_update", {"y": meta(S)}, ValueError, "y must be on the device of x, cpu, got meta"),
+    ("affine_update", {"y": torch.zeros(S).to_sparse()}, ValueError, "y must be a dense"),
+    ("affine_update", {"y": None}, TypeError, "y must be a torch.Tensor, got NoneType"),
     ("affine_update", {"m1": torch.zeros(S, dtype=F64)}, TypeError, "m1 must .* got torch.float64"),
     ("affine_update", {"m1": torch.zeros(1, 3, 4, 4)}, ValueError, "m1 must have the shape of x"),
     ("affine_update", {"m1": None}, ValueError, "m1 must be given when m2 is given"),
@@ -54,9 +57,13 @@ WRONG = [
     ("affine_update", {"coef": torch.ones(3)}, ValueError, r"coef must have shape \[4\] or \[2, 4"),
     ("affine_update", {"coef": torch.ones(3, 4)}, ValueError, r"coef must .* got \[3, 4\]"),
     ("affine_update", {"coef": torch.ones(2, 4, 1)}, ValueError, "coef must have shape"),
+    ("affine_update", {"coef": torch.ones(1, 4)}, ValueError, r"coef must .* got \[1, 4\]"),
+    ("affine_update", {"coef": torch.ones(1, 1, 4)}, ValueError, "coef must have shape"),
+    ("affine_update", {"coef": torch.ones(4).to_sparse()}, ValueError, "coef must be a dense"),
     ("affine_update", {"coef": meta(4)}, ValueError, "coef must be on the device of x"),
     ("affine_update", {"status": torch.zeros(1)}, TypeError, "status must be torch.int32"),
     ("affine_update", {"status": ops.new_status(2)}, ValueError, r"status must have shape \[1\]"),
+    ("affine_update", {"status": ops.new_status(1)}, ValueError, r"status must .*, got \[1, 1\]"),
     ("affine_update", {"status": meta(1, torch.int32)}, ValueError, "status must be on the device"),
     ("affine_update", {"impl": "fast"}, ValueError, "impl must be one of auto, .*, got 'fast'"),
     (LATTICE, {"z": torch.zeros(S)}, TypeError, "z must be torch.int32, got torch.float32"),
@@ -70,6 +77,7 @@ WRONG = [
     (LATTICE, {"frac_bits": 0}, ValueError, r"frac_bits must be in 1\.\.30, got 0"),
     (LATTICE, {"frac_bits": 31}, ValueError, r"frac_bits must be in 1\.\.30, got 31"),
     (LATTICE, {"frac_bits": 20.0}, TypeError, "frac_bits must be an int, got float"),
+    (LATTICE, {"frac_bits": True}, TypeError, "frac_bits must be an int, got bool"),
     (LATTICE, {"status": None}, TypeError, "status must be a torch.Tensor, got NoneType"),
     ("lattice_encode", {"scale": 1.0}, TypeError, "scale must be a torch.Tensor, got float"),
     ("lattice_encode", {"scale": torch.ones(3)}, ValueError, r"scale must .* \[2\].*, got \[3\]"),
@@ -77,6 +85,8 @@ WRONG = [
     ("lattice_encode", {"scale": torch.ones(1, dtype=F16)}, TypeError, "scale must be torch.float"),
     ("lattice_decode", {"dtype": torch.int32}, TypeError, "dtype must be one of .*, got .*int32"),
     ("lattice_decode", {"dtype": "float32"}, TypeError, "dtype must be one of .*, got 'float32'"),
+    ("lattice_decode", {"dtype": 6}, TypeError, "dtype must be one of .*, got 6"),
+    ("lattice_decode", {"frac_bits": True}, TypeError, "frac_bits must be an int, got bool"),
     ("lattice_decode", {"copies": 3}, ValueError, "copies must be 1 or 2, got 3"),
     ("lattice_decode", {"copies": True}, ValueError, "copies must be 1 or 2, got True"),
     ("preference_errors", {"theta": torch.zeros(())}, ValueError, "theta must have a batch dim"),
@@ -84,6 +94,8 @@ WRONG = [
     ("preference_errors", {"target": torch.zeros(2, 3)}, ValueError, "target must have the shape"),
     ("preference_errors", {"target": torch.zeros(S, dtype=BF16)}, TypeError, "target must be"),
     ("preference_backward", {"a": torch.ones(3)}, ValueError, r"a must have shape \[2\] .*\[3\]"),
+    ("preference_backward", {"a": torch.ones(1)}, ValueError, r"a must have shape \[2\] .*\[1\]"),
+    ("preference_backward", {"a": torch.ones(())}, ValueError, r"a must have shape \[2\] .*\[\]"),
     ("preference_backward", {"b": torch.ones(2, dtype=F64)}, TypeError, "b must be torch.float32"),
 ]
 
@@ -92,6 +104,45 @@ WRONG = [
 def test_wrong_arguments(name, change, error, words):
     with pytest.raises(error, match=words):
         getattr(ops, name)(**(valid(name) | change))
+
+
+WRONG_TENSORS = [
+    (name, change, error)
+    for name, change, error, _ in WRONG
+    if all(isinstance(value, torch.Tensor) for value in change.values())
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error"), WRONG_TENSORS)
+def test_operators_refuse_wrong_tensors_without_their_functions(name, change, error):
+    """The functions leave tensors to the native kernels; what is not for these must not slip by."""
+    values = {"frac_bits": 20, "copies": 1} | valid(name) | change
+    arguments = [values[argument.name] for argument in OPS[name]._schema.arguments]
+    with pytest.raises((RuntimeError, error)):
+        OPS[name](*arguments)
+
+
+@pytest.mark.parametrize("name", ["affine_update_", "lattice_update_", "lattice_scaled_update_"])
+def test_what_is_refused_is_not_written(name, impl):
+    values = valid(name.replace("affine_update_", "affine_update"))
+    state = "x" if "x" in values else "z"
+    values[state] = values[state] + 1
+    values["status"] = ops.new_status(2)
+    with pytest.raises(ValueError, match=r"status must have shape \[1\]"):
+        getattr(ops, name)(**values, impl=impl)
+    assert (values[state] == 1).all()
+
+
+def test_the_kernels_own_words_are_kept_where_nothing_is_wrong(native, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(EAGER["native"], "affine_update", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ops.affine_update(**valid("affine_update"))
+    with pytest.raises(TypeError, match="x must be a") as caught:
+        ops.affine_update(**valid("affine_update") | {"x": [1.0]})
+    assert caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("name", sorted({name for name, *_ in WRONG}))
@@ -118,8 +169,6 @@ def test_a_named_backend_runs_or_raises():
 @pytest.mark.parametrize("name", ["affine_update", "lattice_update", "preference_backward"])
 def test_the_native_kernel_survives_a_direct_call_with_wrong_tensors(native, name):
     """torch.ops.* has no Python checks; the kernel must not read outside of a tensor."""
-    from inpo_fast.ops.registration import OPS
-
     status = ops.new_status(1)[0]
     x, small = torch.zeros(64, 64), torch.zeros(2)
     z = torch.zeros(64, 64, dtype=torch.int32)
