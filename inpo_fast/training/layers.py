@@ -8,6 +8,7 @@ and without gradient, run the same kernels and have the same bits.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ..ops.triton import on_device_of
 from . import layer_kernels as kernels
 
 
@@ -42,9 +45,10 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm` of images [N, C, H, W], followed by SiLU where `activated`."""
+    """`torch.nn.GroupNorm` of [N, C, …], images as a rule, followed by SiLU where `activated`."""
 
     def forward(self, input: Tensor, activated: bool = False) -> Tensor:
+        _check_channels(input.shape[1], self.num_channels)
         given = (input, self.weight, self.bias, self.num_groups, self.eps, activated)
         return _apply(_GroupNorm, *given)
 
@@ -53,6 +57,7 @@ class FusedLayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension."""
 
     def forward(self, input: Tensor) -> Tensor:
+        _check_channels(input.shape[-1], self.normalized_shape[0])
         return _apply(_LayerNorm, input, self.weight, self.bias, self.eps)
 
 
@@ -109,7 +114,8 @@ def _plain_resnet(module: Any) -> bool:
         and not module.skip_time_act
         and isinstance(module.nonlinearity, nn.SiLU)
         and all(
-            isinstance(norm, nn.GroupNorm) and norm.affine for norm in (module.norm1, module.norm2)
+            type(norm) in (nn.GroupNorm, FusedGroupNorm) and norm.affine
+            for norm in (module.norm1, module.norm2)
         )
     )
 
@@ -133,18 +139,31 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def _check_channels(given: int, wanted: int) -> None:
+    """The kernels would read beyond the end of the weights."""
+    if given != wanted:
+        raise ValueError(f"input must have {wanted} channels, got {given}")
+
+
 def _pixels(image: Tensor) -> Tensor:
-    """[N, C, H, W] as [N, H·W, C], without a copy where it lies in channels last."""
-    return image.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+    """[N, C, …] as [N, P, C], without a copy where it lies in channels last."""
+    samples, channels, *size = image.shape
+    return image.reshape(samples, channels, math.prod(size)).transpose(1, 2).contiguous()
 
 
 def _image(pixels: Tensor, like: Tensor) -> Tensor:
-    image: Tensor = pixels.unflatten(1, like.shape[2:])
-    return image.permute(0, 3, 1, 2)
+    """[N, P, C] as [N, C, …], in channels last."""
+    return pixels.transpose(1, 2).reshape(like.shape)
 
 
-def _apply(function: Any, *given: Any) -> Tensor:
-    y: Tensor = function.apply(*given)
+def _rows(x: Tensor) -> Tensor:
+    """[…, W] as [R, W]."""
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+def _apply(function: Any, x: Tensor, *given: Any) -> Tensor:
+    with on_device_of(x):
+        y: Tensor = function.apply(x, *given)
     return y
 
 
@@ -168,12 +187,13 @@ class _GroupNorm(torch.autograd.Function):
         return _image(y, image)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, moments, weight, bias = ctx.saved_tensors
         dx, dweight, dbias = kernels.group_norm_backward(
             *(x, _pixels(dy), moments, weight, bias),
             activated=ctx.activated,
-            affine=ctx.needs_input_grad[1],
+            affine=any(ctx.needs_input_grad[1:3]),
         )
         return _image(dx, dy), dweight, dbias, None, None, None
 
@@ -181,17 +201,18 @@ class _GroupNorm(torch.autograd.Function):
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        x = input.contiguous().flatten(0, -2)
+        x = _rows(input)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         y = kernels.layer_norm(x, weight, bias, eps, dtype=_output_dtype(input))
         return y.view(input.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx, dweight, dbias = kernels.layer_norm_backward(
-            x, dy.contiguous().view(x.shape), weight, ctx.eps, affine=ctx.needs_input_grad[1]
+            x, _rows(dy), weight, ctx.eps, affine=any(ctx.needs_input_grad[1:3])
         )
         return dx.view(dy.shape), dweight, dbias, None
 
@@ -199,12 +220,13 @@ class _LayerNorm(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor) -> Tensor:
-        x = projected.contiguous().flatten(0, -2)
+        x = _rows(projected)
         ctx.save_for_backward(x)
         return kernels.geglu(x).view(*projected.shape[:-1], x.shape[1] // 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        dx = kernels.geglu_backward(x, dy.contiguous().flatten(0, -2))
+        dx = kernels.geglu_backward(x, _rows(dy))
         return dx.view(*dy.shape[:-1], dx.shape[1])

@@ -77,6 +77,29 @@ def test_group_norm(channels, groups, height, width, activated):
     assert_as_good(norm, call, x, classes=["FusedGroupNorm"])
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (2, 8, 7), (2, 8, 2, 3, 5)])
+def test_group_norm_of_other_shapes_than_images(shape):
+    norm, x = nn.GroupNorm(4, 8), image(*shape)
+    assert_as_good(norm, lambda norm, x: norm(x), x, classes=["FusedGroupNorm"])
+
+
+def test_a_single_row():
+    x = image(8)
+    assert_as_good(nn.LayerNorm(8), lambda norm, x: norm(x), x, classes=["FusedLayerNorm"])
+    assert_as_good(GEGLU(8, 12), lambda gate, x: gate(x), x, classes=["FusedGEGLU"])
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [(nn.GroupNorm(4, 8), (0, 8, 3, 3)), (nn.LayerNorm(8), (2, 0, 8)), (GEGLU(8, 4), (0, 8))],
+)
+def test_nothing(module, shape):
+    layers.fuse(module)
+    results = gradients(module, lambda module, x: module(x), torch.empty(shape))
+    assert all(not result.any() for result in results)
+    assert results[1].shape == shape
+
+
 def test_group_norm_of_a_large_mean():
     norm = nn.GroupNorm(4, 8)
     x = 1000 + image(2, 8, 9, 15)
@@ -133,15 +156,31 @@ def test_what_is_not_plain_stays():
         assert not type(module).__name__.startswith("Fused")
 
 
-def test_a_unet_computes_the_same():
-    unet = tiny.unet()
+@pytest.mark.parametrize(
+    ("options", "classes"),
+    [
+        ({}, ["FusedResnetBlock", "FusedTransformer"]),
+        # group norms of tokens, [N, C, L]
+        (
+            {
+                "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+                "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            },
+            ["FusedResnetBlock"],
+        ),
+        # residual blocks that use the time in another way
+        ({"resnet_time_scale_shift": "scale_shift"}, ["ResnetBlock2D", "FusedTransformer"]),
+    ],
+)
+def test_a_unet_computes_the_same(options, classes):
+    unet = tiny.unet(**options)
     text = image(2, 3, unet.config.cross_attention_dim)
     x = image(2, unet.config.in_channels, 8, 8)
 
     def call(module, x, text):
         return module(x, torch.tensor([3, 700]), text, return_dict=False)[0]
 
-    assert_as_good(unet.eval(), call, x, text, classes=["FusedResnetBlock", "FusedTransformer"])
+    assert_as_good(unet.eval(), call, x, text, classes=classes)
 
 
 def test_frozen_weights_get_no_gradient():
@@ -151,6 +190,41 @@ def test_frozen_weights_get_no_gradient():
     norm(x).sum().backward()
     assert x.grad is not None
     assert norm.weight.grad is None
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(4)])
+def test_a_bias_alone_can_be_trained(norm):
+    layers.fuse(norm)
+    norm.weight.requires_grad_(False)
+    norm(image(1, 4, 4, 4)).sum().backward()
+    assert norm.weight.grad is None
+    assert torch.equal(norm.bias.grad, torch.full((4,), 16.0))
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(4)])
+def test_weights_are_not_read_beyond_their_end(norm):
+    layers.fuse(norm)
+    with pytest.raises(ValueError, match="input must have 4 channels, got 6"):
+        norm(image(1, 6, 6, 6))
+
+
+@pytest.mark.parametrize("module", [nn.GroupNorm(2, 4), nn.LayerNorm(4), GEGLU(4, 2)])
+def test_second_derivatives_are_refused(module):
+    layers.fuse(module)
+    x = image(3, 4).requires_grad_()
+    (first,) = torch.autograd.grad((module(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_blocks_of_other_norms_stay():
+    class Norm(nn.GroupNorm):
+        pass
+
+    block = ResnetBlock2D(in_channels=8, temb_channels=4, groups=4)
+    block.norm1 = Norm(4, 8)
+    layers.fuse(block)
+    assert type(block) is ResnetBlock2D and type(block.norm1) is Norm
 
 
 @pytest.mark.parametrize("rank", [None, 2])
