@@ -15,6 +15,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -39,6 +40,9 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
         if fits(module):
             module.__class__ = fused
             count += 1
+    if isinstance(model, UNet2DConditionModel) and _ends_with_activation(model):
+        model.conv_norm_out.__class__ = FusedGroupNormActivation
+        model.conv_act = nn.Identity()
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return count
@@ -51,6 +55,13 @@ class FusedGroupNorm(nn.GroupNorm):
         _check_channels(input.shape[1], self.num_channels)
         given = (input, self.weight, self.bias, self.num_groups, self.eps, activated)
         return _apply(_GroupNorm, *given)
+
+
+class FusedGroupNormActivation(FusedGroupNorm):
+    """`torch.nn.GroupNorm` and SiLU."""
+
+    def forward(self, input: Tensor, activated: bool = True) -> Tensor:
+        return super().forward(input, activated)
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -102,6 +113,11 @@ class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
 
 def _never(module: nn.Module) -> bool:
     return False
+
+
+def _ends_with_activation(unet: Any) -> bool:
+    """Whether a UNet's last norm can be rounded after its activation only."""
+    return type(unet.conv_norm_out) is FusedGroupNorm and isinstance(unet.conv_act, nn.SiLU)
 
 
 def _plain_resnet(module: Any) -> bool:
