@@ -3,7 +3,8 @@
 Under autocast torch computes a norm in float32, writes float32, reads it for the activation, writes
 that, and reads it again to round it for the next product. Here one kernel does it and rounds at the
 same place. No graph is compiled, so nothing waits for a compiler, and policy and reference, with
-and without gradient, run the same kernels and have the same bits.
+and without gradient, run the same kernels and have the same bits. Where there are no kernels, off
+the GPU or in float64, torch's own layers compute: a pipeline that was trained goes anywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..ops.triton import on_device_of
+from ..ops.triton import INTERPRETED, on_device_of
 from . import layer_kernels as kernels
 
 
@@ -34,24 +35,26 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
     Returns:
         how many modules use them.
     """
-    count = 0
     for module in model.modules():
-        fused, fits = _FUSED.get(type(module), (type(module), _never))
-        if fits(module):
-            module.__class__ = fused
-            count += 1
+        rule = _FUSED.get(type(module))
+        if rule is not None and rule[1](module):
+            module.__class__ = rule[0]
     if isinstance(model, UNet2DConditionModel) and _ends_with_activation(model):
         model.conv_norm_out.__class__ = FusedGroupNormActivation
         model.conv_act = nn.Identity()
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return count
+    fused = tuple(kind for kind, _ in _FUSED.values())
+    return sum(isinstance(module, fused) for module in model.modules())
 
 
 class FusedGroupNorm(nn.GroupNorm):
     """`torch.nn.GroupNorm` of [N, C, …], images as a rule, followed by SiLU where `activated`."""
 
     def forward(self, input: Tensor, activated: bool = False) -> Tensor:
+        if not _has_kernels(input):
+            y = super().forward(input)
+            return functional.silu(y) if activated else y
         _check_channels(input.shape[1], self.num_channels)
         given = (input, self.weight, self.bias, self.num_groups, self.eps, activated)
         return _apply(_GroupNorm, *given)
@@ -68,6 +71,8 @@ class FusedLayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not _has_kernels(input):
+            return super().forward(input)
         _check_channels(input.shape[-1], self.normalized_shape[0])
         return _apply(_LayerNorm, input, self.weight, self.bias, self.eps)
 
@@ -76,7 +81,12 @@ class FusedGEGLU(GEGLU):  # type: ignore[misc]
     """diffusers' GEGLU (Shazeer 2020)."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _apply(_Gate, self.proj(hidden_states))
+        projected = self.proj(hidden_states)
+        if _has_kernels(projected):
+            return _apply(_Gate, projected)
+        value, gate = projected.chunk(2, dim=-1)
+        y: Tensor = value * self.gelu(gate)
+        return y
 
 
 class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
@@ -109,10 +119,6 @@ class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
         y: Tensor = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         projected: Tensor = y if self.use_linear_projection else self.proj_out(y)
         return residual + projected
-
-
-def _never(module: nn.Module) -> bool:
-    return False
 
 
 def _ends_with_activation(unet: Any) -> bool:
@@ -153,6 +159,10 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     """What the next product under autocast reads."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.device.type == ("cpu" if INTERPRETED else "cuda") and x.dtype != torch.float64
 
 
 def _check_channels(given: int, wanted: int) -> None:
