@@ -154,6 +154,11 @@ _FUSED: dict[type[nn.Module], tuple[type[nn.Module], Any]] = {
 }
 """By the exact class: what it becomes, and where it can."""
 
+# FSDP2's wrapping, accelerate's and `policy.shard`, looks for blocks by the names of their classes.
+for _stock, (_fused, _) in _FUSED.items():
+    _fused.__name__ = _stock.__name__
+FusedGroupNormActivation.__name__ = nn.GroupNorm.__name__
+
 
 def _output_dtype(x: Tensor) -> torch.dtype:
     """What the next product under autocast reads."""

@@ -42,7 +42,7 @@ def gradients(module, call, *given):
 def assert_as_good(module, call, *given, classes):
     """The fused module is no further from float64 than a small multiple of the stock one's."""
     stock, fused, exact = twins(module)
-    assert {type(part).__name__ for part in fused.modules()} >= set(classes)
+    assert {type(part).__qualname__ for part in fused.modules()} >= set(classes)
     oracle = gradients(exact, call, *(value.double() for value in given))
     theirs = gradients(stock, call, *given)
     mine = gradients(fused, call, *given)
@@ -153,7 +153,7 @@ def test_what_is_not_plain_stays():
     norm = nn.GroupNorm(2, 4, affine=False)
     for module in (block, norm, nn.LayerNorm((2, 3)), nn.LayerNorm(4, bias=False)):
         layers.fuse(module)
-        assert not type(module).__name__.startswith("Fused")
+        assert not type(module).__qualname__.startswith("Fused")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_training_begins_as_its_reference_and_goes_as_without(rank, tmp_path, 
         config = tiny.config(model, tmp_path / name, fused_layers=fused, **changes)
         run = PreferenceTrainer(config, dataset=tiny.pairs())
         logged.append(run.train())
-        assert ("FusedResnetBlock" in {type(m).__name__ for m in run.policy.modules()}) is fused
+        assert any(isinstance(m, layers.FusedResnetBlock) for m in run.policy.modules()) is fused
     plain, fused = logged
     assert fused[0]["policy_winner"] == fused[0]["reference_winner"]
     assert fused[0]["loss"] == plain[0]["loss"]

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,17 @@ def test_where_there_are_no_kernels_torch_computes(monkeypatch):
         structure, empty = on_meta(model), (x.to("meta"), text.to("meta"))
         flops.append(count_flops(lambda: call(structure, *empty)))  # noqa: B023
     assert flops[0] == flops[1] > (0, 0)
+
+
+def test_blocks_are_found_by_the_names_of_their_classes():
+    """As accelerate and `policy.shard` look for what FSDP2 shards together."""
+    layers = pytest.importorskip("inpo_fast.training.layers")
+    unet = tiny.unet()
+    names = [type(module).__name__ for module in unet.modules() if module is not unet.conv_act]
+    layers.fuse(unet)
+    assert [type(m).__name__ for m in unet.modules() if m is not unet.conv_act] == names
+    again = pickle.loads(pickle.dumps(unet))
+    assert [type(module) for module in again.modules()] == [type(m) for m in unet.modules()]
 
 
 @pytest.mark.parametrize("module", [torch.nn.GroupNorm(2, 4), torch.nn.LayerNorm(4)])
