@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,20 +52,58 @@ def reproducible() -> Iterator[None]:
                 _before.clear()
 
 
+class _Shared:
+    """A setting of the process that the first to enter makes, and the last to leave takes back.
+
+    Args:
+        make: makes it, and is given where to say how it is undone.
+    """
+
+    def __init__(self, make: Callable[[contextlib.ExitStack], None]) -> None:
+        self._make, self._undo, self._inside = make, contextlib.ExitStack(), 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        with _settings_lock:
+            if self._inside == 0:
+                self._make(self._undo)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with _settings_lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._undo.close()
+
+
+def _set_workspace(undo: contextlib.ExitStack) -> None:
+    if _WORKSPACE not in os.environ:
+        undo.callback(os.environ.pop, _WORKSPACE, None)
+        os.environ[_WORKSPACE] = ":4096:8"
+
+
+def _set_algorithms(undo: contextlib.ExitStack) -> None:
+    # not use_deterministic_algorithms(), which imports Inductor and changes its setting too
+    undo.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+    torch.set_deterministic_debug_mode("error")
+    # it would write to every new tensor, for programs that read what they have not written
+    filling: Any = torch.utils.deterministic
+    undo.callback(setattr, filling, "fill_uninitialized_memory", filling.fill_uninitialized_memory)
+    filling.fill_uninitialized_memory = False
+
+
+_workspace, _algorithms = _Shared(_set_workspace), _Shared(_set_algorithms)
+
+
 @contextlib.contextmanager
 def reproducible_training() -> Iterator[None]:
     """`reproducible`, and what `deterministic_gradients` needs of the process.
 
     cuBLAS repeats its sums with the workspace that torch's documentation names.
     """
-    unset = _WORKSPACE not in os.environ
-    os.environ.setdefault(_WORKSPACE, ":4096:8")
-    try:
-        with reproducible():
-            yield
-    finally:
-        if unset:
-            os.environ.pop(_WORKSPACE, None)
+    with _workspace.held(), reproducible():
+        yield
 
 
 @contextlib.contextmanager
@@ -76,15 +114,5 @@ def deterministic_gradients() -> Iterator[None]:
     backward of cuDNN's, torch's first choice on recent GPUs, adds in the order in which blocks
     finish, and only this mode keeps torch from it.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    filling: Any = torch.utils.deterministic
-    fills = filling.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    # it would write to every new tensor, for programs that read what they have not written
-    filling.fill_uninitialized_memory = False
-    try:
+    with _algorithms.held():
         yield
-    finally:
-        filling.fill_uninitialized_memory = fills
-        torch.use_deterministic_algorithms(before, warn_only=warns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -124,8 +124,7 @@ class Sampler:
             impl=impl,
         )
         self._graphs: GraphLoop | None = None
-        self._turn = threading.RLock()
-        self._busy = False
+        self._turn = _Turn()
         # the amplification of the inverse concerns only those who run it
         with unwarned():
             self._inverse = program.inverse().fingerprint if program.reversible else None
@@ -229,25 +228,8 @@ class Sampler:
             ValueError: shapes, dtypes or programs that do not agree.
             RuntimeError: a compiled sampler that is run by its own callback or model.
         """
-        with self._alone():
+        with self._turn if self.compile else contextlib.nullcontext():
             return self._run(initial, callback, progress)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While a compiled run lasts, its graphs are its own."""
-        if not self.compile:
-            yield
-            return
-        with self._turn:
-            if self._busy:
-                raise RuntimeError(
-                    "a compiled sampler cannot be run by its own callback or model: make another"
-                )
-            self._busy = True
-            try:
-                yield
-            finally:
-                self._busy = False
 
     def _run(self, initial: Tensor | State, callback: Callback | None, progress: bool) -> State:
         from tqdm.auto import tqdm
@@ -353,3 +335,29 @@ class Sampler:
             f"update {index} of {len(self.program.updates)}{where} of {self.program.name}, "
             f"amplification {self.program.amplification:.3g}"
         )
+
+
+class _Turn:
+    """Held while a compiled run lasts, whose graphs have one memory: other threads wait.
+
+    A copy of a sampler, or one sent to another process, makes its own graphs and has its own turn.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._busy = threading.RLock(), False
+
+    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
+        return _Turn, ()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._busy:
+            self._lock.release()
+            raise RuntimeError(
+                "a compiled sampler cannot be run by its own callback or model: make another"
+            )
+        self._busy = True
+
+    def __exit__(self, *_: object) -> None:
+        self._busy = False
+        self._lock.release()

@@ -1,9 +1,11 @@
 """Settings are there for the time of a run, whoever else runs."""
 
+import contextlib
 import os
 
 import pytest
 import torch
+import torch._inductor.config
 
 from inpo_fast.determinism import (
     deterministic_gradients,
@@ -16,6 +18,7 @@ def settings():
     return {
         "benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.backends.cudnn.deterministic,
+        "inductor": torch._inductor.config.deterministic,
         "algorithms": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "fill": torch.utils.deterministic.fill_uninitialized_memory,
@@ -23,13 +26,15 @@ def settings():
     }
 
 
-@pytest.fixture(params=["default", "strict"])
+@pytest.fixture(params=["default", "strict", "inductor"])
 def before(request, monkeypatch):
     """What the user has set."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     if request.param == "strict":
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         torch.use_deterministic_algorithms(True)
+    elif request.param == "inductor":
+        torch._inductor.config.deterministic = True
     yield settings()
     torch.use_deterministic_algorithms(False)
 
@@ -39,7 +44,7 @@ def test_a_training_has_its_settings_and_leaves_no_trace(before):
         inside = settings()
         raise KeyError
     assert settings() == before
-    assert inside["deterministic"] and not inside["benchmark"]
+    assert inside["deterministic"] and not inside["benchmark"] and inside["inductor"]
     assert inside["workspace"] == (before["workspace"] or ":4096:8")
     # of gradients only
     assert inside["algorithms"] is before["algorithms"]
@@ -58,6 +63,26 @@ def test_runs_within_runs_restore_once(before):
     with reproducible():
         with reproducible_training(), deterministic_gradients():
             pass
-        assert torch.backends.cudnn.deterministic
+        assert torch.backends.cudnn.deterministic and torch._inductor.config.deterministic
         assert settings()["algorithms"] is before["algorithms"]
+    assert settings() == before
+
+
+def test_trainings_at_the_same_time_restore_when_the_last_one_ends(before):
+    """As in two threads, whose ends need not be nested."""
+
+    @contextlib.contextmanager
+    def training():
+        with reproducible_training(), deterministic_gradients():
+            yield
+
+    first, second = training(), training()
+    with first:
+        inside = settings()
+        second.__enter__()
+    assert settings() == inside
+    second.__exit__(None, None, None)
+    assert settings() == before
+    with training():
+        assert settings() == inside
     assert settings() == before

@@ -1,8 +1,10 @@
 """The sampler: exact round trips, states on disk, guidance, errors, and what it does not do."""
 
+import copy
 import dataclasses
 import hashlib
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -1111,6 +1113,18 @@ def test_threads_that_share_a_sampler(compile, monkeypatch):
     for sample, end in zip(samples, ends, strict=True):
         alone = Sampler(lambda z, t: torch.tanh(z), program).run(sample)
         assert end.equal(alone)
+
+
+@pytest.mark.parametrize("compile", [False, "graph"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_sampler_is_copied_and_pickled(copied, compile):
+    sampler = Sampler(Network(), bdia(schedule(3)), compile=compile)
+    again = copied(sampler)
+    if compile is False:
+        assert again.run(image()).equal(sampler.run(image()))
+    # with a turn of its own
+    with sampler._turn, again._turn, pytest.raises(RuntimeError, match="its own callback"):
+        again._turn.__enter__()
 
 
 def test_a_compiled_sampler_is_not_run_from_within(monkeypatch):

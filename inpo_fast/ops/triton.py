@@ -560,7 +560,7 @@ def _block(result: Tensor) -> int:
 _HERE = contextlib.nullcontext()
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the device of x the current one: Triton launches there, on its current stream."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return _HERE
@@ -630,7 +630,7 @@ def _affine(
     target = layout.target(result)
     block = _block(result)
     n, blocks, programs = _grid(x, stride > 0, block)
-    with _on(x):
+    with on_device_of(x):
         tensors = operand(x), operand(y), operand(m1), operand(m2), coef, target, status
         _launch(_affine_kernel, programs, tensors, (n, blocks, stride, inverse, block))
         _finish(result, target)
@@ -656,7 +656,7 @@ def _lattice(
     target = layout.target(result)
     block = _block(result)
     n, blocks, programs = _grid(z, stride > 0, block)
-    with _on(z):
+    with on_device_of(z):
         tensors = operand(z), operand(y), operand(m1), operand(m2), coef, target, status
         _launch(_lattice_kernel, programs, tensors, (n, blocks, stride, frac_bits, inverse, block))
         _finish(result, target)
@@ -686,7 +686,7 @@ def _lattice_scaled(
     target, buffer_target = (layout.target(result) for result in results)
     block = _block(z)
     n, blocks, programs = _grid(z, by_sample, block)
-    with _on(z):
+    with on_device_of(z):
         tensors = (
             operand(z),
             operand(buffer),
@@ -869,7 +869,7 @@ def lattice_encode(x: Tensor, scale: Tensor, frac_bits: int, status: Tensor) -> 
     target = layout.target(result)
     block = _block(result)
     n, blocks, programs = _grid(x, stride > 0, block)
-    with _on(x):
+    with on_device_of(x):
         tensors = layout.operand(x), scale, target, status
         _launch(_encode_kernel, programs, tensors, (n, blocks, stride, frac_bits, block))
         _finish(result, target)
@@ -888,7 +888,7 @@ def lattice_decode(
     target = result if copies > 1 else layout.target(result)
     block = _block(result)
     n, blocks, programs = _grid(z, stride > 0, block)
-    with _on(z):
+    with on_device_of(z):
         tensors = layout.operand(z), scale, target
         _launch(
             _decode_kernel,
@@ -916,7 +916,7 @@ def preference_errors(
     sums = torch.empty(batch * blocks, 3, dtype=torch.float64, device=theta.device)
     # A power of two, so that few numbers of blocks compile a kernel anew.
     sum_tiles = triton.next_power_of_2(-(-blocks // SUM_BLOCK))
-    with _on(theta):
+    with on_device_of(theta):
         tensors = layout.operand(theta), layout.operand(ref), layout.operand(target), sums
         _launch(_errors_kernel, programs, tensors, (n, blocks, ERROR_TILES, ERROR_BLOCK))
         tensors = sums, e_theta, e_ref, d
@@ -934,7 +934,7 @@ def preference_backward(
     out = layout.target(result)
     block = _block(theta)
     n, blocks, programs = _grid(theta, True, block)
-    with _on(theta):
+    with on_device_of(theta):
         tensors = (
             layout.operand(theta),
             layout.operand(ref),

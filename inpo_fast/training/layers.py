@@ -3,20 +3,25 @@
 Under autocast torch computes a norm in float32, writes float32, reads it for the activation, writes
 that, and reads it again to round it for the next product. Here one kernel does it and rounds at the
 same place. No graph is compiled, so nothing waits for a compiler, and policy and reference, with
-and without gradient, run the same kernels and have the same bits.
+and without gradient, run the same kernels and have the same bits. Where there are no kernels, off
+the GPU or in float64, torch's own layers compute: a pipeline that was trained goes anywhere.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ..ops.triton import INTERPRETED, on_device_of
 from . import layer_kernels as kernels
 
 
@@ -30,29 +35,45 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
     Returns:
         how many modules use them.
     """
-    count = 0
     for module in model.modules():
-        fused, fits = _FUSED.get(type(module), (type(module), _never))
-        if fits(module):
-            module.__class__ = fused
-            count += 1
+        rule = _FUSED.get(type(module))
+        if rule is not None and rule[1](module):
+            module.__class__ = rule[0]
+    if isinstance(model, UNet2DConditionModel) and _ends_with_activation(model):
+        model.conv_norm_out.__class__ = FusedGroupNormActivation
+        model.conv_act = nn.Identity()
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return count
+    fused = tuple(kind for kind, _ in _FUSED.values())
+    return sum(isinstance(module, fused) for module in model.modules())
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm` of images [N, C, H, W], followed by SiLU where `activated`."""
+    """`torch.nn.GroupNorm` of [N, C, …], images as a rule, followed by SiLU where `activated`."""
 
     def forward(self, input: Tensor, activated: bool = False) -> Tensor:
+        if not _has_kernels(input):
+            y = super().forward(input)
+            return functional.silu(y) if activated else y
+        _check_channels(input.shape[1], self.num_channels)
         given = (input, self.weight, self.bias, self.num_groups, self.eps, activated)
         return _apply(_GroupNorm, *given)
+
+
+class FusedGroupNormActivation(FusedGroupNorm):
+    """`torch.nn.GroupNorm` and SiLU."""
+
+    def forward(self, input: Tensor, activated: bool = True) -> Tensor:
+        return super().forward(input, activated)
 
 
 class FusedLayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not _has_kernels(input):
+            return super().forward(input)
+        _check_channels(input.shape[-1], self.normalized_shape[0])
         return _apply(_LayerNorm, input, self.weight, self.bias, self.eps)
 
 
@@ -60,7 +81,12 @@ class FusedGEGLU(GEGLU):  # type: ignore[misc]
     """diffusers' GEGLU (Shazeer 2020)."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _apply(_Gate, self.proj(hidden_states))
+        projected = self.proj(hidden_states)
+        if _has_kernels(projected):
+            return _apply(_Gate, projected)
+        value, gate = projected.chunk(2, dim=-1)
+        y: Tensor = value * self.gelu(gate)
+        return y
 
 
 class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
@@ -95,8 +121,9 @@ class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
         return residual + projected
 
 
-def _never(module: nn.Module) -> bool:
-    return False
+def _ends_with_activation(unet: Any) -> bool:
+    """Whether a UNet's last norm can be rounded after its activation only."""
+    return type(unet.conv_norm_out) is FusedGroupNorm and isinstance(unet.conv_act, nn.SiLU)
 
 
 def _plain_resnet(module: Any) -> bool:
@@ -109,7 +136,8 @@ def _plain_resnet(module: Any) -> bool:
         and not module.skip_time_act
         and isinstance(module.nonlinearity, nn.SiLU)
         and all(
-            isinstance(norm, nn.GroupNorm) and norm.affine for norm in (module.norm1, module.norm2)
+            type(norm) in (nn.GroupNorm, FusedGroupNorm) and norm.affine
+            for norm in (module.norm1, module.norm2)
         )
     )
 
@@ -126,6 +154,11 @@ _FUSED: dict[type[nn.Module], tuple[type[nn.Module], Any]] = {
 }
 """By the exact class: what it becomes, and where it can."""
 
+# FSDP2's wrapping, accelerate's and `policy.shard`, looks for blocks by the names of their classes.
+for _stock, (_fused, _) in _FUSED.items():
+    _fused.__name__ = _stock.__name__
+FusedGroupNormActivation.__name__ = nn.GroupNorm.__name__
+
 
 def _output_dtype(x: Tensor) -> torch.dtype:
     """What the next product under autocast reads."""
@@ -133,18 +166,35 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def _has_kernels(x: Tensor) -> bool:
+    return x.device.type == ("cpu" if INTERPRETED else "cuda") and x.dtype != torch.float64
+
+
+def _check_channels(given: int, wanted: int) -> None:
+    """The kernels would read beyond the end of the weights."""
+    if given != wanted:
+        raise ValueError(f"input must have {wanted} channels, got {given}")
+
+
 def _pixels(image: Tensor) -> Tensor:
-    """[N, C, H, W] as [N, H·W, C], without a copy where it lies in channels last."""
-    return image.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+    """[N, C, …] as [N, P, C], without a copy where it lies in channels last."""
+    samples, channels, *size = image.shape
+    return image.reshape(samples, channels, math.prod(size)).transpose(1, 2).contiguous()
 
 
 def _image(pixels: Tensor, like: Tensor) -> Tensor:
-    image: Tensor = pixels.unflatten(1, like.shape[2:])
-    return image.permute(0, 3, 1, 2)
+    """[N, P, C] as [N, C, …], in channels last."""
+    return pixels.transpose(1, 2).reshape(like.shape)
 
 
-def _apply(function: Any, *given: Any) -> Tensor:
-    y: Tensor = function.apply(*given)
+def _rows(x: Tensor) -> Tensor:
+    """[…, W] as [R, W]."""
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+def _apply(function: Any, x: Tensor, *given: Any) -> Tensor:
+    with on_device_of(x):
+        y: Tensor = function.apply(x, *given)
     return y
 
 
@@ -168,12 +218,13 @@ class _GroupNorm(torch.autograd.Function):
         return _image(y, image)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, moments, weight, bias = ctx.saved_tensors
         dx, dweight, dbias = kernels.group_norm_backward(
             *(x, _pixels(dy), moments, weight, bias),
             activated=ctx.activated,
-            affine=ctx.needs_input_grad[1],
+            affine=any(ctx.needs_input_grad[1:3]),
         )
         return _image(dx, dy), dweight, dbias, None, None, None
 
@@ -181,17 +232,18 @@ class _GroupNorm(torch.autograd.Function):
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        x = input.contiguous().flatten(0, -2)
+        x = _rows(input)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         y = kernels.layer_norm(x, weight, bias, eps, dtype=_output_dtype(input))
         return y.view(input.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx, dweight, dbias = kernels.layer_norm_backward(
-            x, dy.contiguous().view(x.shape), weight, ctx.eps, affine=ctx.needs_input_grad[1]
+            x, _rows(dy), weight, ctx.eps, affine=any(ctx.needs_input_grad[1:3])
         )
         return dx.view(dy.shape), dweight, dbias, None
 
@@ -199,12 +251,13 @@ class _LayerNorm(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor) -> Tensor:
-        x = projected.contiguous().flatten(0, -2)
+        x = _rows(projected)
         ctx.save_for_backward(x)
         return kernels.geglu(x).view(*projected.shape[:-1], x.shape[1] // 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        dx = kernels.geglu_backward(x, dy.contiguous().flatten(0, -2))
+        dx = kernels.geglu_backward(x, _rows(dy))
         return dx.view(*dy.shape[:-1], dx.shape[1])

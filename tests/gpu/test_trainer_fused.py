@@ -43,11 +43,6 @@ class Activated(nn.GroupNorm):
         return functional.silu(super().forward(x))
 
 
-class ActivatedByKernel(layers.FusedGroupNorm):
-    def forward(self, x):
-        return super().forward(x, activated=True)
-
-
 def outputs(module, x, dtype, seed=0):
     """Output, and gradients of the input and the weights, under autocast, float64."""
     x = x.detach().requires_grad_()
@@ -83,7 +78,7 @@ def assert_as_accurate(stock, fused, x, dtype):
 def test_group_norm_and_its_activation(shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.5
     for given in (x, x.to(memory_format=torch.channels_last)):
-        norms = (Activated(32, shape[1]), ActivatedByKernel(32, shape[1]))
+        norms = (Activated(32, shape[1]), layers.FusedGroupNormActivation(32, shape[1]))
         assert_as_accurate(*norms, given, dtype)
         norms = (nn.GroupNorm(32, shape[1]), layers.FusedGroupNorm(32, shape[1]))
         assert_as_accurate(*norms, given, dtype)

@@ -1,12 +1,18 @@
 """The fused layers: run interpreted.py, and compile every kernel for GPUs that need not be here."""
 
+import copy
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from inpo_fast.training.metrics import count_flops, on_meta
+from tests.training import tiny
 
 TESTS = Path(__file__).with_name("interpreted.py")
 
@@ -17,6 +23,49 @@ def test_interpreted():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+def test_where_there_are_no_kernels_torch_computes(monkeypatch):
+    """A pipeline that was trained goes on being one, on any device, and can be trained again."""
+    layers = pytest.importorskip("inpo_fast.training.layers")
+    monkeypatch.setattr(layers, "INTERPRETED", False)
+    unet = tiny.with_trained_norms(tiny.unet()).eval()
+    fused = copy.deepcopy(unet)
+    count = layers.fuse(fused, channels_last=False)
+    assert count == layers.fuse(fused, channels_last=False) > 10
+    rng = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, 4, 8, 8, generator=rng), torch.randn(2, 3, tiny.WIDTH, generator=rng)
+
+    def call(model, x, text):
+        return model(x, 7, text, return_dict=False)[0]
+
+    # float32 sums of convolutions in another layout
+    torch.testing.assert_close(call(fused, x, text), call(unet, x, text), rtol=0, atol=1e-5)
+    flops = []
+    for model in (unet, fused):
+        structure, empty = on_meta(model), (x.to("meta"), text.to("meta"))
+        flops.append(count_flops(lambda: call(structure, *empty)))  # noqa: B023
+    assert flops[0] == flops[1] > (0, 0)
+
+
+def test_blocks_are_found_by_the_names_of_their_classes():
+    """As accelerate and `policy.shard` look for what FSDP2 shards together."""
+    layers = pytest.importorskip("inpo_fast.training.layers")
+    unet = tiny.unet()
+    names = [type(module).__name__ for module in unet.modules() if module is not unet.conv_act]
+    layers.fuse(unet)
+    assert [type(m).__name__ for m in unet.modules() if m is not unet.conv_act] == names
+    again = pickle.loads(pickle.dumps(unet))
+    assert [type(module) for module in again.modules()] == [type(m) for m in unet.modules()]
+
+
+@pytest.mark.parametrize("module", [torch.nn.GroupNorm(2, 4), torch.nn.LayerNorm(4)])
+def test_float64_is_not_rounded(module):
+    layers = pytest.importorskip("inpo_fast.training.layers")
+    x = torch.randn(3, 4, dtype=torch.float64)
+    expected = module.double()(x)
+    layers.fuse(module)
+    assert torch.equal(module(x), expected)
 
 
 KINDS = {"x": "half", "dy": "half", "y": "half", "dx": "half"}
