@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -91,6 +92,25 @@ def _set_algorithms(undo: contextlib.ExitStack) -> None:
     filling: Any = torch.utils.deterministic
     undo.callback(setattr, filling, "fill_uninitialized_memory", filling.fill_uninitialized_memory)
     filling.fill_uninitialized_memory = False
+    if torch.cuda.is_initialized() and not _products_may_run():
+        # Only cuBLAS is in the way, and torch gives it a workspace for every stream, with which
+        # it repeats its sums too. What this mode still lets through is kept from running.
+        torch.set_deterministic_debug_mode("warn")
+        attention = torch.backends.cuda
+        undo.callback(attention.enable_cudnn_sdp, attention.cudnn_sdp_enabled())
+        attention.enable_cudnn_sdp(False)
+
+
+@functools.cache
+def _products_may_run() -> bool:
+    """Whether torch lets cuBLAS run in this mode: it looks for the workspace once, at the first
+    product of the process, which may have come before the training."""
+    one = torch.ones(1, 1, device="cuda")
+    try:
+        torch.mm(one, one)
+    except RuntimeError:
+        return False
+    return True
 
 
 _workspace, _algorithms = _Shared(_set_workspace), _Shared(_set_algorithms)
@@ -112,7 +132,8 @@ def deterministic_gradients() -> Iterator[None]:
 
     torch takes deterministic algorithms and raises where there is none. Attention above all: the
     backward of cuDNN's, torch's first choice on recent GPUs, adds in the order in which blocks
-    finish, and only this mode keeps torch from it.
+    finish. In a process that has used cuBLAS before, torch warns instead, and the backward of
+    float32 attention may then repeat no bits.
     """
     with _algorithms.held():
         yield

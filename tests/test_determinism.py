@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._inductor.config
 
+from inpo_fast import determinism
 from inpo_fast.determinism import (
     deterministic_gradients,
     reproducible,
@@ -57,6 +58,18 @@ def test_gradients_are_deterministic_and_leave_no_trace(before):
         raise KeyError
     assert settings() == before
     assert inside["algorithms"] and not inside["warn_only"] and not inside["fill"]
+
+
+def test_where_cublas_was_used_before_attention_alone_is_kept_from_cudnn(before, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(determinism, "_products_may_run", lambda: False)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with deterministic_gradients():
+        inside = settings()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert inside["algorithms"] and inside["warn_only"]
+    assert settings() == before
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_runs_within_runs_restore_once(before):

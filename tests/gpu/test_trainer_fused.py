@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -144,3 +146,30 @@ def test_steps_do_not_wait_for_the_device(model, tmp_path, no_sync):
 @pytest.mark.parametrize("changes", [{}, {"rank": 2, "gradient_checkpointing": True}])
 def test_a_resumed_run_ends_with_the_same_bits(model, tmp_path, changes):
     assert_resumed_run_is_whole(model, tmp_path, fused_layers=True, **changes)
+
+
+def test_gradients_repeat_in_a_process_that_has_used_cublas_before():
+    """torch looks for cuBLAS's workspace once, at the first product."""
+    script = """
+import os
+os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+import torch
+from torch.nn import functional
+from inpo_fast.determinism import deterministic_gradients, reproducible_training
+w = torch.randn(320, 320, device="cuda", requires_grad=True)
+x = torch.randn(4, 4096, 320, device="cuda")
+x @ w
+found = []
+with reproducible_training():
+    for _ in range(2):
+        w.grad = None
+        with deterministic_gradients():
+            with torch.autocast("cuda", torch.bfloat16):
+                q = (x @ w).unflatten(-1, (8, 40)).transpose(1, 2)
+                y = functional.scaled_dot_product_attention(q, q, q)
+            y.float().square().sum().backward()
+        found.append(w.grad.clone())
+assert torch.equal(*found)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
