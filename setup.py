@@ -61,13 +61,18 @@ def cuda_targets() -> list[str]:
         print(f"inpo_fast: the extension has CPU kernels only: {problem}", file=sys.stderr)
         return []
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if listed in ("", "native"):
+    found = listed in ("", "native")
+    if found:
         devices = range(torch.cuda.device_count())
         listed = default_architectures([torch.cuda.get_device_capability(i) for i in devices])
     try:
         return gencode(listed)
     except ValueError as error:
-        sys.exit(f"inpo_fast: TORCH_CUDA_ARCH_LIST={listed!r} cannot be: {error}")
+        if not found:
+            sys.exit(f"inpo_fast: TORCH_CUDA_ARCH_LIST={listed!r} cannot be: {error}")
+        told = f"torch cannot build for this machine's GPUs ({listed}): {error}"
+        print(f"inpo_fast: the extension has CPU kernels only: {told}", file=sys.stderr)
+        return []
 
 
 def nvcc_problem(home: str | None, torch_cuda: str) -> str:

@@ -112,6 +112,17 @@ def test_an_nvcc_of_torchs_major_version_builds_gpu_kernels(cuda, monkeypatch):
         build().cuda_targets()
 
 
+def test_a_gpu_that_torch_does_not_know_costs_the_gpu_kernels_only(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (99, 1))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    module = build()
+    monkeypatch.setattr(module, "nvcc_problem", lambda *_: "")
+    assert module.cuda_targets() == []
+    assert "CPU kernels only: torch cannot build for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("demanded", ["", "1"])
 def test_without_such_an_nvcc_the_cpu_kernels_are_built(cuda, demanded, capsys, monkeypatch):
     monkeypatch.setenv("INPO_FAST_NATIVE", demanded)
