@@ -3,7 +3,6 @@
 import gc
 import itertools
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -200,7 +199,7 @@ def watched(**options):
 
 def threads():
     """Of loaders."""
-    return sum("inpo-fast-batches" in thread.name for thread in threading.enumerate())
+    return {thread for thread in threading.enumerate() if "inpo-fast-batches" in thread.name}
 
 
 def test_the_next_batch_is_made_while_one_is_used():
@@ -223,14 +222,11 @@ def test_an_error_comes_at_its_batch():
 
 def test_a_loader_that_is_closed_ends_its_thread():
     data = watched()
-    gc.collect()
-    before = threads()
+    others = threads()
     batches = data.loader(data.order(batch_size=2))
     next(batches)
-    assert threads() == before + 1
+    (thread,) = threads() - others
     del batches
     gc.collect()
-    deadline = time.monotonic() + 60
-    while threads() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threads() <= before
+    thread.join(timeout=60)
+    assert not thread.is_alive()
