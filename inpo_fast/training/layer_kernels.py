@@ -138,6 +138,34 @@ def _group_norm_kernel(
 
 
 @triton.jit
+def _upstream(
+    x_ptr,
+    dy_ptr,
+    moments_ptr,
+    weight_ptr,
+    bias_ptr,
+    c,
+    place,
+    mask,
+    channels,
+    size,
+    ACTIVATED: tl.constexpr,
+):
+    """du, x̂, w, and 1/σ, of a tile."""
+    mean, inverse = _moments_of(moments_ptr, c, channels, size)
+    weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    du = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    normed = (x - mean[None, :]) * inverse[None, :]
+    if ACTIVATED:
+        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+        u = normed * weight[None, :] + bias[None, :]
+        gate = _sigmoid(u)
+        du = du * gate * (1 + u * (1 - gate))
+    return du, normed, weight, inverse
+
+
+@triton.jit
 def _group_norm_backward_parts_kernel(
     x_ptr,
     dy_ptr,
@@ -155,16 +183,19 @@ def _group_norm_backward_parts_kernel(
 ):
     """Σ du and Σ du x̂ of every channel in a chunk of pixels."""
     c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
-    mean, inverse = _moments_of(moments_ptr, c, channels, size)
-    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    du = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    normed = (x - mean[None, :]) * inverse[None, :]
-    if ACTIVATED:
-        weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
-        u = normed * weight[None, :] + bias[None, :]
-        gate = _sigmoid(u)
-        du = du * gate * (1 + u * (1 - gate))
+    du, normed, _, _ = _upstream(
+        x_ptr,
+        dy_ptr,
+        moments_ptr,
+        weight_ptr,
+        bias_ptr,
+        c,
+        place,
+        mask,
+        channels,
+        size,
+        ACTIVATED,
+    )
     out = _parts(channels) + c
     tl.store(sum_ptr + out, tl.sum(du, axis=0), mask=c < channels)
     tl.store(dot_ptr + out, tl.sum(du * normed, axis=0), mask=c < channels)
@@ -220,17 +251,20 @@ def _group_norm_backward_kernel(
 ):
     """dx = (w du − mean(w du) − x̂ mean(w du x̂)) / σ."""
     c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
-    mean, inverse = _moments_of(moments_ptr, c, channels, size)
     first, second = _moments_of(means_ptr, c, channels, size)
-    weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    du = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    normed = (x - mean[None, :]) * inverse[None, :]
-    if ACTIVATED:
-        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
-        u = normed * weight[None, :] + bias[None, :]
-        gate = _sigmoid(u)
-        du = du * gate * (1 + u * (1 - gate))
+    du, normed, weight, inverse = _upstream(
+        x_ptr,
+        dy_ptr,
+        moments_ptr,
+        weight_ptr,
+        bias_ptr,
+        c,
+        place,
+        mask,
+        channels,
+        size,
+        ACTIVATED,
+    )
     dx = du * weight[None, :] - first[None, :] - normed * second[None, :]
     tl.store(dx_ptr + place, (dx * inverse[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
 
