@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor.config as inductor
@@ -46,25 +46,28 @@ def attention(backend: SDPBackend) -> Callable[[], contextlib.AbstractContextMan
     return lambda: sdpa_kernel([backend])
 
 
-UNCOMPILED = "fused layers, captured only"
-# Changes of the model, and settings while it is compiled and captured.
-LEVERS: dict[str, tuple[Change, Callable[[], contextlib.AbstractContextManager[Any]]]] = {
-    UNCOMPILED: (fused, contextlib.nullcontext),
-    "cuDNN attention": (nothing, attention(SDPBackend.CUDNN_ATTENTION)),
-    "flash attention": (nothing, attention(SDPBackend.FLASH_ATTENTION)),
-    "fused QKV": (lambda unet: unet.fuse_qkv_projections(), contextlib.nullcontext),
-    "contiguous memory": (
-        lambda unet: unet.to(memory_format=torch.contiguous_format),
-        contextlib.nullcontext,
-    ),
-    "freezing": (nothing, config(freezing=True)),
-    "benchmarking allowed": (nothing, config(deterministic=False)),
-    "1x1 convolutions as products": (nothing, config(conv_1x1_as_mm=True)),
-    "coordinate descent": (
+class Lever(NamedTuple):
+    """A change of the model, and settings while it is compiled, if it is, and captured."""
+
+    change: Change
+    settings: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    compiled: bool = True
+
+
+LEVERS = {
+    "fused layers, captured only": Lever(fused, compiled=False),
+    "cuDNN attention": Lever(nothing, attention(SDPBackend.CUDNN_ATTENTION)),
+    "flash attention": Lever(nothing, attention(SDPBackend.FLASH_ATTENTION)),
+    "fused QKV": Lever(lambda unet: unet.fuse_qkv_projections()),
+    "contiguous memory": Lever(lambda unet: unet.to(memory_format=torch.contiguous_format)),
+    "freezing": Lever(nothing, config(freezing=True)),
+    "benchmarking allowed": Lever(nothing, config(deterministic=False)),
+    "1x1 convolutions as products": Lever(nothing, config(conv_1x1_as_mm=True)),
+    "coordinate descent": Lever(
         nothing,
         config(deterministic=False, coordinate_descent_tuning=True),
     ),
-    "max-autotune products": (
+    "max-autotune products": Lever(
         nothing,
         config(
             deterministic=False, max_autotune_gemm=True, max_autotune_gemm_backends="ATEN,TRITON"
@@ -80,20 +83,18 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
     for name in ("sd15", "sdxl"):
         if only and name not in only:
             continue
-        shipped = prepare(name, nothing, contextlib.nullcontext)
-        for lever, (change, settings) in LEVERS.items():
+        shipped = prepare(name, Lever(nothing))
+        for label, lever in LEVERS.items():
             try:
-                replay, same, seconds = prepare(
-                    name, change, settings, compiled=lever != UNCOMPILED
-                )
+                replay, same, seconds = prepare(name, lever)
             except Exception as error:
-                print(f"     {name}, {lever}: {' '.join(str(error).split())[:150]}", flush=True)
+                print(f"     {name}, {label}: {' '.join(str(error).split())[:150]}", flush=True)
                 continue
             contenders = {"shipped": shipped[0], "ours": replay}
             times = interleaved(contenders, device=device, rounds=3 if quick else 9, seconds=0.1)
             note = f"bits stay: {same}, made twice in {seconds:.0f} s"
             yield Row(
-                case=f"{name}, batch 2, {lever} ({note})",
+                case=f"{name}, batch 2, {label} ({note})",
                 metric="GPU time of a model call",
                 unit="us",
                 ours=median_us(times["ours"]),
@@ -103,24 +104,18 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def prepare(
-    name: str,
-    change: Change,
-    settings: Callable[[], contextlib.AbstractContextManager[Any]],
-    *,
-    compiled: bool = True,
-) -> tuple[Callable[[], object], bool, float]:
+def prepare(name: str, lever: Lever) -> tuple[Callable[[], object], bool, float]:
     """Make it twice from nothing; return a captured call, whether its bits stay, and seconds."""
     model = models.denoiser(name, 2, "cuda", torch.bfloat16)
-    change(model.unet)
+    lever.change(model.unet)
     sample = models.latents(name, 2, "cuda").bfloat16()
     timestep = torch.full((1,), 501, device="cuda").expand(2)
     outputs: list[Tensor] = []
     began = time.perf_counter()
-    with reproducible(), settings():
+    with reproducible(), lever.settings():
         for _ in range(2):
             torch._dynamo.reset()
-            call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+            call = torch.compile(model, fullgraph=True, dynamic=False) if lever.compiled else model
             outputs += [call(sample, timestep).clone() for _ in range(2)]
         seconds = time.perf_counter() - began
         replay = captured(lambda: call(sample, timestep))

@@ -9,7 +9,6 @@ eager, gradients exchanged once an optimiser step.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 
 import torch
@@ -47,9 +46,8 @@ def main() -> None:
             if last:
                 trainer.stepper.step()
 
-    settings = contextlib.ExitStack()
-    settings.enter_context(reproducible_training())  # as `PreferenceTrainer.train` does it
-    job()
+    with reproducible_training():  # as `PreferenceTrainer.train` does it
+        job()
     accelerator.wait_for_everyone()
     # every process must run as often: by count, not by time
     repeats = 1 if options.quick else 3
@@ -59,7 +57,8 @@ def main() -> None:
             job()
         accelerator.wait_for_everyone()
 
-    seconds = wall_clock(together, options.device, least=0.0)
+    with reproducible_training():
+        seconds = wall_clock(together, options.device, least=0.0)
     samples = repeats * len(numbers) * pairs * accelerator.num_processes
     if accelerator.is_main_process:
         print(json.dumps({"samples_per_second": samples / seconds, "pairs": pairs}), flush=True)

@@ -68,8 +68,8 @@ def test_float64_is_not_rounded(module):
     assert torch.equal(module(x), expected)
 
 
-KINDS = {"x": "half", "dy": "half", "y": "half", "dx": "half"}
-"""Of pointers; all others are float32."""
+HALF = {"x_ptr", "dy_ptr", "y_ptr", "dx_ptr"}
+"""Pointers to numbers of the model's precision; all others are to float32."""
 WIDTHS = (320, 1280)
 CONSTANTS = {
     "_group_norm_parts_kernel": [{}],
@@ -114,8 +114,7 @@ def test_no_kernel_spills(name, tmp_path, monkeypatch):
                 elif argument == "eps":
                     signature[argument] = "fp32"
                 elif argument.endswith("_ptr"):
-                    kind = KINDS.get(argument.removesuffix("_ptr"))
-                    signature[argument] = f"*{half if kind else 'fp32'}"
+                    signature[argument] = f"*{half if argument in HALF else 'fp32'}"
                     attributes[(i,)] = [["tt.divisibility", 16]]
                 else:
                     signature[argument] = "i32"
