@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from dataclasses import replace
 
 import torch
 
@@ -25,8 +27,11 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    given = training_loop.setting("sd15", options.quick)
     pairs = 1 if options.quick else options.pairs
+    # every process takes other pairs, as many of them
+    given = replace(
+        training_loop.setting("sd15", options.quick), pairs=pairs * int(os.environ["WORLD_SIZE"])
+    )
     trainer = training_loop.make_trainer(
         given,
         options.device,

@@ -52,8 +52,9 @@ def official_inversion_path(
         impl: not used: the arithmetic is the script's own, in plain torch.
         num_steps: steps of the whole grid: 10, in SmPO's script 5 for SD1.5.
         eta: factor of the noise, hard-coded to 0.1 in the script.
-        dtype: `weight_dtype` of the script: float16, or float32 without mixed precision. With
-            bfloat16 the script's 1−ᾱ_1 is 0 and every latent NaN.
+        dtype: `weight_dtype` of the script: float16, or float32 without mixed precision. Where
+            1−ᾱ is 0 in it, as at Stable Diffusion's first timesteps in bfloat16, every latent of
+            the script is NaN, and this raises.
 
     Raises:
         ValueError: naming the argument.
@@ -68,11 +69,6 @@ def official_inversion_path(
         )
     if train_at is not None:
         raise ValueError(f"the official script trains at the end only, got train_at {train_at}")
-    if dtype not in (torch.float16, torch.float32):
-        raise ValueError(
-            "dtype must be float16 or float32: the official script divides by 1 − ᾱ_1, which is 0 "
-            f"in bfloat16, got {dtype}"
-        )
     sampled = timesteps[-1]
     total = schedule.num_steps
     stride = total // num_steps
@@ -82,6 +78,12 @@ def official_inversion_path(
     wide = torch.from_numpy(schedule.alpha[1:] ** 2).float()  # [T]
     # 0-d tensors on the host, as scalars of the scheduler's arithmetic: no copy to the device
     narrow = wide.to(dtype)
+    least = 1 - schedule.alpha[1 : GRID_OFFSET + 2].max() ** 2
+    if least <= torch.finfo(dtype).eps / 4:  # ᾱ rounds to 1
+        raise ValueError(
+            "dtype must hold 1 − ᾱ, by which the official script divides, at the first timesteps: "
+            f"{least:.1e} of this schedule is 0 in {dtype}"
+        )
 
     def level(t: int, table: Tensor) -> Tensor:
         """ᾱ_t, of the untouched table where t is negative."""

@@ -46,10 +46,13 @@ class Activated(nn.GroupNorm):
 
 
 def outputs(module, x, dtype, seed=0):
-    """Output, and gradients of the input and the weights, under autocast, float64."""
+    """Output, and gradients of the input and the weights, under autocast, float64.
+
+    torch's norms leave a float32 output to be rounded by the layer that reads it.
+    """
     x = x.detach().requires_grad_()
     with torch.autocast("cuda", dtype, enabled=dtype not in (torch.float32, torch.float64)):
-        y = module(x)
+        y = module(x).to(dtype)
     rng = torch.Generator("cuda").manual_seed(seed)
     dy = torch.randn(y.shape, generator=rng, device="cuda")
     y.backward(dy.to(y))

@@ -152,7 +152,16 @@ def test_smpo_has_five_steps():
     [
         ({"grid": [5, 5]}, r"grid must be \[n, B\], got shape \(2,\)"),
         ({"grid": [[5, 5, 5]]}, "grid must have one entry a sample, 2"),
-        ({"dtype": torch.bfloat16}, "dtype must be float16 or float32: .* got torch.bfloat16"),
+        ({"dtype": torch.bfloat16}, "must hold 1 − ᾱ, .*: 8.5e-04 .* is 0 in torch.bfloat16"),
+        (
+            # beta_start=1e-4, which diffusers' DDIMScheduler has by default
+            {
+                "schedule": NoiseSchedule.from_alphas_cumprod(
+                    np.linspace(1 - 1e-4, 0.01, 1000), 1000
+                )
+            },
+            "must hold 1 − ᾱ, .*: 1.0e-04 .* is 0 in torch.float16",
+        ),
         ({"train_at": (1,)}, r"the official script trains at the end only, got train_at \(1,\)"),
         (
             {"schedule": NoiseSchedule.flow(1000)},

@@ -108,7 +108,13 @@ def save_pipeline(folder: Path, family: str = "StableDiffusionPipeline", **sched
     flow = component == "transformer"
     kind = FlowMatchEulerDiscreteScheduler if flow else DDIMScheduler
     dynamic = {"use_dynamic_shifting": True} if family == "FluxPipeline" else {}
-    stable = {"beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
+    stable = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "steps_offset": 1,
+    }
     noise = dynamic if flow else stable
     kind(**{**noise, **scheduler}).save_pretrained(folder / "scheduler")
     parts = ["vae", "text_encoder", "tokenizer"]
