@@ -48,11 +48,21 @@ def _parts(channels):
 
 
 @triton.jit
-def _moments_of(moments_ptr, c, channels, size):
-    """Mean and 1/σ of the groups that channels belong to."""
+def _two_of_group(moments_ptr, c, channels, size):
+    """The two numbers that are kept for the groups that channels belong to."""
     place = (tl.program_id(2) * (channels // size) + c // size) * 2
-    mean = tl.load(moments_ptr + place, mask=c < channels, other=0.0)
-    inverse = tl.load(moments_ptr + place + 1, mask=c < channels, other=0.0)
+    first = tl.load(moments_ptr + place, mask=c < channels, other=0.0)
+    second = tl.load(moments_ptr + place + 1, mask=c < channels, other=0.0)
+    return first, second
+
+
+@triton.jit
+def _moments_of(moments_ptr, shift_ptr, c, channels, size, SHIFTED: tl.constexpr):
+    """What to take from x for x + s − μ, and 1/σ, of channels."""
+    mean, inverse = _two_of_group(moments_ptr, c, channels, size)
+    if SHIFTED:
+        place = tl.program_id(2).to(tl.int64) * channels + c
+        mean -= tl.load(shift_ptr + place, mask=c < channels, other=0.0)
     return mean, inverse
 
 
@@ -75,12 +85,14 @@ def _group_norm_parts_kernel(
 def _group_norm_moments_kernel(
     mean_ptr,
     square_ptr,
+    shift_ptr,
     moments_ptr,
     pixels,
     channels,
     chunks,
     size,
     eps,
+    SHIFTED: tl.constexpr,
     PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -90,12 +102,17 @@ def _group_norm_moments_kernel(
     sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     lane, row = tl.arange(0, SIZE), tl.arange(0, ROWS)
     start = sample.to(tl.int64) * chunks * channels + group * size
+    shift = tl.zeros([SIZE], tl.float32)
+    if SHIFTED:
+        own = sample.to(tl.int64) * channels + group * size + lane
+        shift = tl.load(shift_ptr + own, mask=lane < size, other=0.0)
     total = tl.zeros([ROWS, SIZE], tl.float32)
     for k in range(0, chunks, ROWS):
         mask = (k + row < chunks)[:, None] & (lane < size)[None, :]
         count = tl.minimum(pixels - (k + row) * PIXELS, PIXELS)[:, None]
         place = start + (k + row)[:, None] * channels + lane[None, :]
-        total += count * tl.load(mean_ptr + place, mask=mask, other=0.0)
+        part = tl.load(mean_ptr + place, mask=mask, other=0.0) + shift[None, :]
+        total += tl.where(mask, count * part, 0.0)
     numbers = pixels * size
     mean = tl.sum(total) / numbers
     total = tl.zeros([ROWS, SIZE], tl.float32)
@@ -103,7 +120,7 @@ def _group_norm_moments_kernel(
         mask = (k + row < chunks)[:, None] & (lane < size)[None, :]
         count = tl.minimum(pixels - (k + row) * PIXELS, PIXELS)[:, None]
         place = start + (k + row)[:, None] * channels + lane[None, :]
-        off = tl.load(mean_ptr + place, mask=mask, other=0.0) - mean
+        off = tl.load(mean_ptr + place, mask=mask, other=0.0) + (shift - mean)[None, :]
         total += tl.load(square_ptr + place, mask=mask, other=0.0)
         total += tl.where(mask, count * (off * off), 0.0)
     variance = tl.sum(total) / numbers
@@ -114,6 +131,7 @@ def _group_norm_moments_kernel(
 @triton.jit
 def _group_norm_kernel(
     x_ptr,
+    shift_ptr,
     moments_ptr,
     weight_ptr,
     bias_ptr,
@@ -121,13 +139,14 @@ def _group_norm_kernel(
     pixels,
     channels,
     size,
+    SHIFTED: tl.constexpr,
     ACTIVATED: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """u = (x − μ)/σ · w + b, and SiLU(u) where activated."""
+    """u = (x + s − μ)/σ · w + b, and SiLU(u) where activated."""
     c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
-    mean, inverse = _moments_of(moments_ptr, c, channels, size)
+    mean, inverse = _moments_of(moments_ptr, shift_ptr, c, channels, size, SHIFTED)
     weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -141,6 +160,7 @@ def _group_norm_kernel(
 def _upstream(
     x_ptr,
     dy_ptr,
+    shift_ptr,
     moments_ptr,
     weight_ptr,
     bias_ptr,
@@ -149,10 +169,11 @@ def _upstream(
     mask,
     channels,
     size,
+    SHIFTED: tl.constexpr,
     ACTIVATED: tl.constexpr,
 ):
     """du, x̂, w, and 1/σ, of a tile."""
-    mean, inverse = _moments_of(moments_ptr, c, channels, size)
+    mean, inverse = _moments_of(moments_ptr, shift_ptr, c, channels, size, SHIFTED)
     weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     du = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -169,23 +190,27 @@ def _upstream(
 def _group_norm_backward_parts_kernel(
     x_ptr,
     dy_ptr,
+    shift_ptr,
     moments_ptr,
     weight_ptr,
     bias_ptr,
     sum_ptr,
     dot_ptr,
+    normed_ptr,
     pixels,
     channels,
     size,
+    SHIFTED: tl.constexpr,
     ACTIVATED: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Σ du and Σ du x̂ of every channel in a chunk of pixels."""
+    """Σ du and Σ du x̂ of every channel in a chunk of pixels, and Σ x̂ where shifted."""
     c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
     du, normed, _, _ = _upstream(
         x_ptr,
         dy_ptr,
+        shift_ptr,
         moments_ptr,
         weight_ptr,
         bias_ptr,
@@ -194,27 +219,35 @@ def _group_norm_backward_parts_kernel(
         mask,
         channels,
         size,
+        SHIFTED,
         ACTIVATED,
     )
     out = _parts(channels) + c
     tl.store(sum_ptr + out, tl.sum(du, axis=0), mask=c < channels)
     tl.store(dot_ptr + out, tl.sum(du * normed, axis=0), mask=c < channels)
+    if SHIFTED:
+        normed = tl.where(mask, normed, 0.0)
+        tl.store(normed_ptr + out, tl.sum(normed, axis=0), mask=c < channels)
 
 
 @triton.jit
 def _group_norm_backward_means_kernel(
     sum_ptr,
     dot_ptr,
+    normed_ptr,
     weight_ptr,
+    moments_ptr,
     means_ptr,
+    dshift_ptr,
     pixels,
     channels,
     chunks,
     size,
+    SHIFTED: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Means of w du and of w du x̂ in a group."""
+    """Means of w du and of w du x̂ in a group, and ds = Σ dx over the pixels where shifted."""
     groups = channels // size
     sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     lane, row = tl.arange(0, SIZE), tl.arange(0, ROWS)
@@ -227,16 +260,29 @@ def _group_norm_backward_means_kernel(
         sums += tl.load(sum_ptr + place, mask=mask, other=0.0)
         dots += tl.load(dot_ptr + place, mask=mask, other=0.0)
     weight = tl.load(weight_ptr + group * size + lane, mask=lane < size, other=0.0)
-    weight = weight.to(tl.float32)[None, :]
+    weight = weight.to(tl.float32)
     numbers = pixels * size
-    tl.store(means_ptr + tl.program_id(0) * 2, tl.sum(sums * weight) / numbers)
-    tl.store(means_ptr + tl.program_id(0) * 2 + 1, tl.sum(dots * weight) / numbers)
+    first = tl.sum(sums * weight[None, :]) / numbers
+    second = tl.sum(dots * weight[None, :]) / numbers
+    tl.store(means_ptr + tl.program_id(0) * 2, first)
+    tl.store(means_ptr + tl.program_id(0) * 2 + 1, second)
+    if SHIFTED:
+        normed = tl.zeros([ROWS, SIZE], tl.float32)
+        for k in range(0, chunks, ROWS):
+            mask = (k + row < chunks)[:, None] & (lane < size)[None, :]
+            place = start + (k + row)[:, None] * channels + lane[None, :]
+            normed += tl.load(normed_ptr + place, mask=mask, other=0.0)
+        inverse = tl.load(moments_ptr + tl.program_id(0) * 2 + 1)
+        dshift = tl.sum(sums, axis=0) * weight - pixels * first - tl.sum(normed, axis=0) * second
+        own = sample.to(tl.int64) * channels + group * size + lane
+        tl.store(dshift_ptr + own, dshift * inverse, mask=lane < size)
 
 
 @triton.jit
 def _group_norm_backward_kernel(
     x_ptr,
     dy_ptr,
+    shift_ptr,
     moments_ptr,
     means_ptr,
     weight_ptr,
@@ -245,16 +291,18 @@ def _group_norm_backward_kernel(
     pixels,
     channels,
     size,
+    SHIFTED: tl.constexpr,
     ACTIVATED: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """dx = (w du − mean(w du) − x̂ mean(w du x̂)) / σ."""
     c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
-    first, second = _moments_of(means_ptr, c, channels, size)
+    first, second = _two_of_group(means_ptr, c, channels, size)
     du, normed, weight, inverse = _upstream(
         x_ptr,
         dy_ptr,
+        shift_ptr,
         moments_ptr,
         weight_ptr,
         bias_ptr,
@@ -263,6 +311,7 @@ def _group_norm_backward_kernel(
         mask,
         channels,
         size,
+        SHIFTED,
         ACTIVATED,
     )
     dx = du * weight[None, :] - first[None, :] - normed * second[None, :]
@@ -270,42 +319,58 @@ def _group_norm_backward_kernel(
 
 
 @triton.jit
-def _normed(x_ptr, row, lane, rows, width, eps):
-    """x̂ of rows, 1/σ of each, their places and which numbers exist."""
+def _places(row, lane, rows, width):
+    """Where rows lie, and which of their numbers exist."""
     mask = (row < rows)[:, None] & (lane < width)[None, :]
-    place = row.to(tl.int64)[:, None] * width + lane[None, :]
-    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    return row.to(tl.int64)[:, None] * width + lane[None, :], mask
+
+
+@triton.jit
+def _normed(x, mask, width, eps):
+    """x̂ of rows, and 1/σ of each."""
     mean = tl.sum(x, axis=1) / width
     deviation = tl.where(mask, x - mean[:, None], 0.0)
     inverse = 1 / tl.sqrt(tl.sum(deviation * deviation, axis=1) / width + eps)
-    return deviation * inverse[:, None], inverse, place, mask
+    return deviation * inverse[:, None], inverse
 
 
 @triton.jit
 def _layer_norm_kernel(
     x_ptr,
+    residual_ptr,
+    total_ptr,
     weight_ptr,
     bias_ptr,
     y_ptr,
     rows,
     width,
     eps,
+    ADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """y = x̂ w + b of rows."""
+    """y = x̂ w + b of rows; where added, of x + r, which is rounded and stored, too."""
     row, lane = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS), tl.arange(0, WIDTH)
-    normed, _, place, mask = _normed(x_ptr, row, lane, rows, width, eps)
+    place, mask = _places(row, lane, rows, width)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if ADDED:
+        x += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        total = x.to(total_ptr.dtype.element_ty)
+        x = total.to(tl.float32)
+    normed, _ = _normed(x, mask, width, eps)
     weight = tl.load(weight_ptr + lane, mask=lane < width, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + lane, mask=lane < width, other=0.0).to(tl.float32)
     y = normed * weight[None, :] + bias[None, :]
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if ADDED:
+        tl.store(total_ptr + place, total, mask=mask)
 
 
 @triton.jit
 def _layer_norm_backward_kernel(
     x_ptr,
     dy_ptr,
+    dtotal_ptr,
     weight_ptr,
     dx_ptr,
     sum_ptr,
@@ -313,10 +378,14 @@ def _layer_norm_backward_kernel(
     rows,
     width,
     eps,
+    ADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """dx = (w dy − mean(w dy) − x̂ mean(w dy x̂)) / σ, and this program's Σ dy and Σ dy x̂."""
+    """dx = (w dy − mean(w dy) − x̂ mean(w dy x̂)) / σ, and this program's Σ dy and Σ dy x̂.
+
+    Where x was added and is used elsewhere, its gradient from there is added to dx.
+    """
     lane = tl.arange(0, WIDTH)
     weight = tl.load(weight_ptr + lane, mask=lane < width, other=0.0).to(tl.float32)
     sums = tl.zeros([TILE_ROWS, WIDTH], tl.float32)
@@ -324,7 +393,9 @@ def _layer_norm_backward_kernel(
     first, stride = tl.program_id(0) * TILE_ROWS, tl.num_programs(0) * TILE_ROWS
     for start in range(first, rows, stride):
         row = start + tl.arange(0, TILE_ROWS)
-        normed, inverse, place, mask = _normed(x_ptr, row, lane, rows, width, eps)
+        place, mask = _places(row, lane, rows, width)
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        normed, inverse = _normed(x, mask, width, eps)
         dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
         sums += dy
         dots += dy * normed
@@ -332,10 +403,32 @@ def _layer_norm_backward_kernel(
         mean = tl.sum(du, axis=1) / width
         dot = tl.sum(du * normed, axis=1) / width
         dx = (du - mean[:, None] - normed * dot[:, None]) * inverse[:, None]
+        if ADDED:
+            dx += tl.load(dtotal_ptr + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     out = tl.program_id(0) * width + lane
     tl.store(sum_ptr + out, tl.sum(sums, axis=0), mask=lane < width)
     tl.store(dot_ptr + out, tl.sum(dots, axis=0), mask=lane < width)
+
+
+@triton.jit
+def _biased_sum_kernel(
+    x_ptr,
+    y_ptr,
+    bias_ptr,
+    total_ptr,
+    pixels,
+    channels,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """x + y + b, of pixels."""
+    c, place, mask = _tile(pixels, channels, PIXELS, CHANNELS)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+    total = x + (y + bias[None, :])
+    tl.store(total_ptr + place, total.to(total_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -390,6 +483,7 @@ _TILE_2D = {"PIXELS": PIXELS, "CHANNELS": CHANNELS}
 
 def group_norm(
     x: Tensor,
+    shift: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     groups: int,
@@ -402,6 +496,7 @@ def group_norm(
 
     Args:
         x: [N, P, C], contiguous.
+        shift: [N, C] float32, added to every pixel before; contiguous.
         weight, bias: [C].
     """
     samples, pixels, channels = x.shape
@@ -410,15 +505,20 @@ def group_norm(
     moments = _float32(x, samples, groups, 2)
     y = torch.empty_like(x, dtype=dtype)
     _group_norm_parts_kernel[grid](x, means, squares, pixels, channels, **_TILE_2D, **OPTIONS)
+    # where nothing is shifted, nothing is read there
+    shifted = {"SHIFTED": shift is not None}
+    shift = moments if shift is None else shift
     _group_norm_moments_kernel[(samples * groups,)](
         means,
         squares,
+        shift,
         moments,
         pixels,
         channels,
         grid[0],
         size,
         eps,
+        **shifted,
         PIXELS=PIXELS,
         ROWS=ROWS,
         SIZE=triton.next_power_of_2(size),
@@ -426,6 +526,7 @@ def group_norm(
     )
     _group_norm_kernel[grid](
         x,
+        shift,
         moments,
         weight,
         bias,
@@ -433,6 +534,7 @@ def group_norm(
         pixels,
         channels,
         size,
+        **shifted,
         ACTIVATED=activated,
         **_TILE_2D,
         **OPTIONS,
@@ -443,31 +545,40 @@ def group_norm(
 def group_norm_backward(
     x: Tensor,
     dy: Tensor,
+    shift: Tensor | None,
     moments: Tensor,
     weight: Tensor,
     bias: Tensor,
     *,
     activated: bool,
     affine: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, and of weight and bias where `affine`."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, of the shift, and of weight and bias where `affine`."""
     samples, pixels, channels = x.shape
     groups, grid = moments.shape[1], _group_grid(x)
     size = channels // groups
     sums, dots = (_float32(x, samples, grid[0], channels) for _ in range(2))
     means = torch.empty_like(moments)
     dx = torch.empty_like(x)
+    shifted = {"SHIFTED": shift is not None}
+    normed = dshift = None
+    if shift is not None:
+        normed, dshift = torch.empty_like(sums), torch.empty_like(shift)
+    shift = moments if shift is None else shift
     _group_norm_backward_parts_kernel[grid](
         x,
         dy,
+        shift,
         moments,
         weight,
         bias,
         sums,
         dots,
+        sums if normed is None else normed,
         pixels,
         channels,
         size,
+        **shifted,
         ACTIVATED=activated,
         **_TILE_2D,
         **OPTIONS,
@@ -475,12 +586,16 @@ def group_norm_backward(
     _group_norm_backward_means_kernel[(samples * groups,)](
         sums,
         dots,
+        sums if normed is None else normed,
         weight,
+        moments,
         means,
+        means if dshift is None else dshift,
         pixels,
         channels,
         grid[0],
         size,
+        **shifted,
         ROWS=ROWS,
         SIZE=triton.next_power_of_2(size),
         **OPTIONS,
@@ -488,6 +603,7 @@ def group_norm_backward(
     _group_norm_backward_kernel[grid](
         x,
         dy,
+        shift,
         moments,
         means,
         weight,
@@ -496,13 +612,14 @@ def group_norm_backward(
         pixels,
         channels,
         size,
+        **shifted,
         ACTIVATED=activated,
         **_TILE_2D,
         **OPTIONS,
     )
     if not affine:
-        return dx, None, None
-    return dx, dots.sum((0, 1)).to(weight.dtype), sums.sum((0, 1)).to(bias.dtype)
+        return dx, dshift, None, None
+    return dx, dshift, dots.sum((0, 1)).to(weight.dtype), sums.sum((0, 1)).to(bias.dtype)
 
 
 def _row_tile(width: int) -> dict[str, int]:
@@ -511,32 +628,78 @@ def _row_tile(width: int) -> dict[str, int]:
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dtype: torch.dtype
-) -> Tensor:
-    """y [R, W] of `dtype`, of x [R, W] contiguous, weight and bias [W]."""
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y [R, W] of `dtype`, and what it is the norm of: x, or x + r rounded to their common dtype.
+
+    Args:
+        x, residual: [R, W], contiguous.
+        weight, bias: [W].
+    """
     rows, width = x.shape
     tile = _row_tile(width)
     y = torch.empty_like(x, dtype=dtype)
     grid = (triton.cdiv(rows, tile["TILE_ROWS"]),)
-    _layer_norm_kernel[grid](x, weight, bias, y, rows, width, eps, **tile, **OPTIONS)
-    return y
+    added = residual is not None
+    total = x if residual is None else torch.empty_like(x, dtype=torch.result_type(x, residual))
+    _layer_norm_kernel[grid](
+        x,
+        x if residual is None else residual,
+        total,
+        weight,
+        bias,
+        y,
+        rows,
+        width,
+        eps,
+        ADDED=added,
+        **tile,
+        **OPTIONS,
+    )
+    return y, total
 
 
 def layer_norm_backward(
-    x: Tensor, dy: Tensor, weight: Tensor, eps: float, *, affine: bool
+    x: Tensor, dy: Tensor, dtotal: Tensor | None, weight: Tensor, eps: float, *, affine: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, and of weight and bias where `affine`."""
+    """Gradients of x, with `dtotal` added to it, and of weight and bias where `affine`."""
     rows, width = x.shape
     tile = _row_tile(width)
     programs = min(PROGRAMS, triton.cdiv(rows, tile["TILE_ROWS"]))
     sums, dots = (_float32(x, programs, width) for _ in range(2))
     dx = torch.empty_like(x)
     _layer_norm_backward_kernel[(programs,)](
-        x, dy, weight, dx, sums, dots, rows, width, eps, **tile, **OPTIONS
+        x,
+        dy,
+        dy if dtotal is None else dtotal,
+        weight,
+        dx,
+        sums,
+        dots,
+        rows,
+        width,
+        eps,
+        ADDED=dtotal is not None,
+        **tile,
+        **OPTIONS,
     )
     if not affine:
         return dx, None, None
     return dx, dots.sum(0).to(weight.dtype), sums.sum(0).to(weight.dtype)
+
+
+def biased_sum(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """x + y + b, of x and y [N, P, C] contiguous and b [C]."""
+    _, pixels, channels = x.shape
+    total = torch.empty_like(x, dtype=torch.result_type(x, y))
+    _biased_sum_kernel[_group_grid(x)](x, y, bias, total, pixels, channels, **_TILE_2D, **OPTIONS)
+    return total
 
 
 _GATE = {"GATES": GATES, "GATED_ROWS": TILE // GATES}

@@ -1,10 +1,13 @@
-"""A UNet's norms and gates as fused kernels, in channels last.
+"""A UNet's norms, gates and sums as fused kernels, in channels last.
 
 Under autocast torch computes a norm in float32, writes float32, reads it for the activation, writes
 that, and reads it again to round it for the next product. Here one kernel does it and rounds at the
-same place. No graph is compiled, so nothing waits for a compiler, and policy and reference, with
-and without gradient, run the same kernels and have the same bits. Where there are no kernels, off
-the GPU or in float64, torch's own layers compute: a pipeline that was trained goes anywhere.
+same place. Biases of convolutions, the time embedding and residual sums, for which torch reads and
+writes whole images, are left to the kernel that reads the image next, which does not round what
+torch rounds between them. No graph is compiled, so nothing waits for a compiler, and policy and
+reference, with and without gradient, run the same kernels and have the same bits. Where there are
+no kernels, off the GPU or in float64, torch's own layers compute: a pipeline that was trained goes
+anywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -49,22 +54,30 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm` of [N, C, …], images as a rule, followed by SiLU where `activated`."""
+    """`torch.nn.GroupNorm` of [N, C, …], images as a rule.
 
-    def forward(self, input: Tensor, activated: bool = False) -> Tensor:
+    A `shift` [N, C] is added to every pixel before, and SiLU follows where `activated`.
+    """
+
+    def forward(
+        self, input: Tensor, activated: bool = False, shift: Tensor | None = None
+    ) -> Tensor:
         if not _has_kernels(input):
+            if shift is not None:
+                input = input + shift.reshape(*shift.shape, *[1] * (input.ndim - 2))
             y = super().forward(input)
             return functional.silu(y) if activated else y
         _check_channels(input.shape[1], self.num_channels)
-        given = (input, self.weight, self.bias, self.num_groups, self.eps, activated)
-        return _apply(_GroupNorm, *given)
+        shift = None if shift is None else shift.float().contiguous()
+        given = (shift, self.weight, self.bias, self.num_groups, self.eps, activated)
+        return _apply(_GroupNorm, input, *given)
 
 
 class FusedGroupNormActivation(FusedGroupNorm):
     """`torch.nn.GroupNorm` and SiLU."""
 
-    def forward(self, input: Tensor, activated: bool = True) -> Tensor:
-        return super().forward(input, activated)
+    def forward(self, input: Tensor, activated: bool = True, shift: Tensor | None = None) -> Tensor:
+        return super().forward(input, activated, shift)
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -76,34 +89,118 @@ class FusedLayerNorm(nn.LayerNorm):
         _check_channels(input.shape[-1], self.normalized_shape[0])
         return _apply(_LayerNorm, input, self.weight, self.bias, self.eps)
 
+    def add(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of both, and its norm."""
+        if not _has_kernels(input):
+            total = input + residual
+            return total, super().forward(total)
+        _check_channels(input.shape[-1], self.normalized_shape[0])
+        total, y = _apply(_SumLayerNorm, input, residual, self.weight, self.bias, self.eps)
+        return total, y
+
 
 class FusedGEGLU(GEGLU):  # type: ignore[misc]
     """diffusers' GEGLU (Shazeer 2020)."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        projected = self.proj(hidden_states)
-        if _has_kernels(projected):
-            return _apply(_Gate, projected)
-        value, gate = projected.chunk(2, dim=-1)
-        y: Tensor = value * self.gelu(gate)
+        if args or kwargs or not _has_kernels(hidden_states):
+            y: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return y
+        return _apply(_Gate, self.proj(hidden_states))
+
+
+class FusedAttention(Attention):  # type: ignore[misc]
+    """diffusers' attention, without its division by a factor of 1."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        plain = type(self.processor) is AttnProcessor2_0 and hidden_states.ndim == 3
+        if kwargs or attention_mask is not None or not plain:
+            given = (hidden_states, encoder_hidden_states, attention_mask)
+            y: Tensor = super().forward(*given, **kwargs)
+            return y
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in (self.to_q(hidden_states), self.to_k(text), self.to_v(text))
+        )
+        y = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        for layer in self.to_out:
+            y = layer(y)
+        return y
+
+
+class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
+    """diffusers' transformer block, with the residual sums in the kernels of its norms."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        if cross_attention_kwargs or self._chunk_size is not None:
+            y: Tensor = super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                class_labels,
+                added_cond_kwargs,
+            )
+            return y
+        own = encoder_hidden_states if self.only_cross_attention else None
+        hidden = self.attn1(self.norm1(hidden_states), own, attention_mask)
+        total, hidden = self.norm2.add(hidden, hidden_states)
+        hidden = self.attn2(hidden, encoder_hidden_states, encoder_attention_mask)
+        total, hidden = self.norm3.add(hidden, total)
+        y = self.ff(hidden) + total
         return y
 
 
 class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
-    """diffusers' residual block, with SiLU in the kernels of its norms."""
+    """diffusers' residual block, with all between its convolutions in the kernels of its norms."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = self.conv1(self.norm1(input_tensor, activated=True))
-        hidden = hidden + self.time_emb_proj(functional.silu(temb))[:, :, None, None]
-        hidden = self.conv2(self.dropout(self.norm2(hidden, activated=True)))
+        if args or kwargs:
+            y: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
+            return y
+        hidden, bias = _convolved(self.conv1, self.norm1(input_tensor, activated=True))
+        shift = self.time_emb_proj(functional.silu(temb))
+        shift = shift if bias is None else shift.float() + bias
+        hidden = self.dropout(self.norm2(hidden, activated=True, shift=shift))
+        hidden, bias = _convolved(self.conv2, hidden)
         if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
-        y: Tensor = (input_tensor + hidden) / self.output_scale_factor
-        return y
+            input_tensor = _pointwise(self.conv_shortcut, input_tensor)
+        if bias is None:
+            y = input_tensor + hidden
+        else:
+            y = _apply(_BiasedSum, input_tensor, hidden, bias)
+        return y if self.output_scale_factor == 1 else y / self.output_scale_factor
 
 
 class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
-    """diffusers' transformer of images; its output stays in channels last."""
+    """diffusers' transformer of images, whose images stay in channels last."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        hidden_states = self.norm(hidden_states)
+        if self.use_linear_projection:
+            hidden = self.proj_in(_pixels(hidden_states))
+        else:
+            hidden = _pixels(_pointwise(self.proj_in, hidden_states))
+        return hidden, hidden.shape[-1]
 
     def _get_output_for_continuous_inputs(
         self,
@@ -117,7 +214,7 @@ class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
         if self.use_linear_projection:
             hidden_states = self.proj_out(hidden_states)
         y: Tensor = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        projected: Tensor = y if self.use_linear_projection else self.proj_out(y)
+        projected: Tensor = y if self.use_linear_projection else _pointwise(self.proj_out, y)
         return residual + projected
 
 
@@ -142,13 +239,42 @@ def _plain_resnet(module: Any) -> bool:
     )
 
 
+def _plain_norm(module: Any) -> bool:
+    """Whether a layer norm is of the last dimension, with weight and bias."""
+    return module.bias is not None and len(module.normalized_shape) == 1
+
+
+def _plain_attention(module: Any) -> bool:
+    """Whether attention is between three projections and one, and nothing else."""
+    nothing = (module.group_norm, module.spatial_norm, module.norm_q, module.norm_k)
+    return bool(
+        all(part is None for part in (*nothing, module.norm_cross, module.add_k_proj))
+        and module.rescale_output_factor == 1
+        and not module.residual_connection
+        and module.to_out is not None
+    )
+
+
+def _plain_transformer(module: Any) -> bool:
+    """Whether a block is of the kind that Stable Diffusion's UNets have."""
+    return bool(
+        module.norm_type == "layer_norm"
+        and module.attn2 is not None
+        and module.pos_embed is None
+        and not hasattr(module, "fuser")
+        and all(
+            type(norm) in (nn.LayerNorm, FusedLayerNorm) and _plain_norm(norm)
+            for norm in (module.norm2, module.norm3)
+        )
+    )
+
+
 _FUSED: dict[type[nn.Module], tuple[type[nn.Module], Any]] = {
     nn.GroupNorm: (FusedGroupNorm, lambda module: module.affine),
-    nn.LayerNorm: (
-        FusedLayerNorm,
-        lambda module: module.bias is not None and len(module.normalized_shape) == 1,
-    ),
+    nn.LayerNorm: (FusedLayerNorm, _plain_norm),
     GEGLU: (FusedGEGLU, lambda module: True),
+    Attention: (FusedAttention, _plain_attention),
+    BasicTransformerBlock: (FusedTransformerBlock, _plain_transformer),
     ResnetBlock2D: (FusedResnetBlock, _plain_resnet),
     Transformer2DModel: (FusedTransformer, lambda module: module.is_input_continuous),
 }
@@ -198,11 +324,52 @@ def _apply(function: Any, x: Tensor, *given: Any) -> Tensor:
     return y
 
 
+def _is_bare(conv: nn.Module) -> bool:
+    """Whether to call a module is to convolve, and nothing else: no adapter, offloading or hook."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.padding_mode == "zeros"
+        and "forward" not in vars(conv)
+        and not conv._forward_hooks
+        and not conv._forward_pre_hooks
+        and not conv._backward_hooks
+        and not conv._backward_pre_hooks
+    )
+
+
+def _convolved(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A convolution of an image, and the bias if it was left out.
+
+    The bias is rounded as autocast does it: a reference has it in 16 bit, a policy in float32.
+    """
+    y: Tensor
+    if not _has_kernels(x) or not _is_bare(conv) or conv.bias is None:
+        y = conv(x)
+        return y, None
+    y = functional.conv2d(
+        x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+    return y, conv.bias.to(y.dtype)
+
+
+def _pointwise(conv: Any, image: Tensor) -> Tensor:
+    """A convolution of single pixels, as a product that adds the bias."""
+    y: Tensor
+    single = _is_bare(conv) and conv.kernel_size == conv.stride == (1, 1)
+    if not _has_kernels(image) or not single or conv.padding not in ((0, 0), 0) or conv.groups > 1:
+        y = conv(image)
+        return y
+    y = functional.linear(_pixels(image), conv.weight.flatten(1), conv.bias)
+    y = y.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
+    return y
+
+
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         image: Tensor,
+        shift: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         groups: int,
@@ -211,22 +378,24 @@ class _GroupNorm(torch.autograd.Function):
     ) -> Tensor:
         x = _pixels(image)
         y, moments = kernels.group_norm(
-            x, weight, bias, groups, eps, activated=activated, dtype=_output_dtype(image)
+            *(x, shift, weight, bias, groups, eps),
+            activated=activated,
+            dtype=_output_dtype(image),
         )
-        ctx.save_for_backward(x, moments, weight, bias)
+        ctx.save_for_backward(x, shift, moments, weight, bias)
         ctx.activated = activated
         return _image(y, image)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, moments, weight, bias = ctx.saved_tensors
-        dx, dweight, dbias = kernels.group_norm_backward(
-            *(x, _pixels(dy), moments, weight, bias),
+        x, shift, moments, weight, bias = ctx.saved_tensors
+        dx, *others = kernels.group_norm_backward(
+            *(x, _pixels(dy), shift, moments, weight, bias),
             activated=ctx.activated,
-            affine=any(ctx.needs_input_grad[1:3]),
+            affine=any(ctx.needs_input_grad[2:4]),
         )
-        return _image(dx, dy), dweight, dbias, None, None, None
+        return _image(dx, dy), *others, None, None, None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -235,7 +404,7 @@ class _LayerNorm(torch.autograd.Function):
         x = _rows(input)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        y = kernels.layer_norm(x, weight, bias, eps, dtype=_output_dtype(input))
+        y, _ = kernels.layer_norm(x, None, weight, bias, eps, dtype=_output_dtype(input))
         return y.view(input.shape)
 
     @staticmethod
@@ -243,9 +412,51 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx, dweight, dbias = kernels.layer_norm_backward(
-            x, _rows(dy), weight, ctx.eps, affine=any(ctx.needs_input_grad[1:3])
+            x, _rows(dy), None, weight, ctx.eps, affine=any(ctx.needs_input_grad[1:3])
         )
         return dx.view(dy.shape), dweight, dbias, None
+
+
+class _SumLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        y, total = kernels.layer_norm(
+            *(_rows(input), _rows(residual), weight, bias, eps), dtype=_output_dtype(input)
+        )
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.dtypes = eps, (input.dtype, residual.dtype)
+        return total.view(input.shape), y.view(input.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        dx, dweight, dbias = kernels.layer_norm_backward(
+            *(total, _rows(dy), _rows(dtotal), weight, ctx.eps),
+            affine=any(ctx.needs_input_grad[2:4]),
+        )
+        dx = dx.view(dy.shape)
+        return *(dx.to(dtype) for dtype in ctx.dtypes), dweight, dbias, None
+
+
+class _BiasedSum(torch.autograd.Function):
+    """x + y + b of images x and y, with b for every channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtypes = (x.dtype, y.dtype, bias.dtype)
+        return _image(kernels.biased_sum(_pixels(x), _pixels(y), bias), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        first, second, last = ctx.dtypes
+        dbias = None
+        if ctx.needs_input_grad[2]:
+            dbias = _pixels(dtotal).sum((0, 1), dtype=torch.float32).to(last)
+        return dtotal.to(first), dtotal.to(second), dbias
 
 
 class _Gate(torch.autograd.Function):

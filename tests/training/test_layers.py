@@ -68,18 +68,27 @@ def test_float64_is_not_rounded(module):
     assert torch.equal(module(x), expected)
 
 
-HALF = {"x_ptr", "dy_ptr", "y_ptr", "dx_ptr"}
+HALF = {"x_ptr", "dy_ptr", "y_ptr", "dx_ptr", "residual_ptr", "total_ptr", "dtotal_ptr"}
 """Pointers to numbers of the model's precision; all others are to float32."""
 WIDTHS = (320, 1280)
+
+
+def options(**values):
+    """All combinations of values of constants."""
+    return [dict(zip(values, given, strict=True)) for given in itertools.product(*values.values())]
+
+
+BOTH = (False, True)
 CONSTANTS = {
     "_group_norm_parts_kernel": [{}],
-    "_group_norm_moments_kernel": [{"SIZE": size} for size in (16, 128)],
-    "_group_norm_kernel": [{"ACTIVATED": value} for value in (False, True)],
-    "_group_norm_backward_parts_kernel": [{"ACTIVATED": value} for value in (False, True)],
-    "_group_norm_backward_means_kernel": [{"SIZE": size} for size in (16, 128)],
-    "_group_norm_backward_kernel": [{"ACTIVATED": value} for value in (False, True)],
-    "_layer_norm_kernel": [{"width": width} for width in WIDTHS],
-    "_layer_norm_backward_kernel": [{"width": width} for width in WIDTHS],
+    "_group_norm_moments_kernel": options(SIZE=(16, 128), SHIFTED=BOTH),
+    "_group_norm_kernel": options(ACTIVATED=BOTH, SHIFTED=BOTH),
+    "_group_norm_backward_parts_kernel": options(ACTIVATED=BOTH, SHIFTED=BOTH),
+    "_group_norm_backward_means_kernel": options(SIZE=(16, 128), SHIFTED=BOTH),
+    "_group_norm_backward_kernel": options(ACTIVATED=BOTH, SHIFTED=BOTH),
+    "_layer_norm_kernel": options(width=WIDTHS, ADDED=BOTH),
+    "_layer_norm_backward_kernel": options(width=WIDTHS, ADDED=BOTH),
+    "_biased_sum_kernel": [{}],
     "_geglu_kernel": [{}],
     "_geglu_backward_kernel": [{}],
 }
@@ -106,7 +115,9 @@ def test_no_kernel_spills(name, tmp_path, monkeypatch):
     fixed |= kernels._GATE
     for capability in CAPABILITIES:
         for half, given in itertools.product(("bf16", "fp32"), CONSTANTS[name]):
-            constants = fixed | (kernels._row_tile(given["width"]) if "width" in given else given)
+            constants = fixed | given
+            if "width" in given:
+                constants |= kernels._row_tile(given["width"])
             signature, values, attributes = {}, {}, {}
             for i, argument in enumerate(kernel.arg_names):
                 if argument in constants and argument != "width":
