@@ -132,6 +132,8 @@ def our_rows(
     if layers != "stock layers":
         gain = stock[pairs].sample / best[1].sample
         yield levers.row(layers, gain, forwards[pairs] / forward, samples=1)
+        free = ours.timed(pairs, 1, nondeterministic=True)
+        yield rate(f"{name}, {layers}, {pairs} pairs, nondeterministic", free, official=rival)
     if name == "sd15":
         yield levers.reuse(best)
         yield levers.buckets(best)
@@ -152,11 +154,18 @@ class Ours:
         self.flops = 0.0
         """Of a sample, by the trainer's count, in the last `timed`."""
 
-    def learner(self, samples: int) -> Learner:
-        return training_loop.with_config(self.trainer.learner, samples_per_inversion=samples)
+    def learner(self, samples: int, **changes: Any) -> Learner:
+        return training_loop.with_config(
+            self.trainer.learner, samples_per_inversion=samples, **changes
+        )
 
     def timed(
-        self, pairs: int, samples: int, *, before: Callable[[], object] = lambda: None
+        self,
+        pairs: int,
+        samples: int,
+        *,
+        before: Callable[[], object] = lambda: None,
+        **changes: Any,
     ) -> Timed:
         """Time micro-steps at the mean depth.
 
@@ -164,8 +173,9 @@ class Ours:
             pairs: of a micro-batch.
             samples: of an inversion.
             before: run before every micro-step.
+            changes: of the trainer's config.
         """
-        learner = self.learner(samples)
+        learner = self.learner(samples, **changes)
         self._count_flops(learner, pairs)
         numbers = micro_steps(learner, pairs)
         loader = batches(self.trainer, pairs)
@@ -236,7 +246,8 @@ class Ours:
     def against_calls(self, pairs: int, samples: int) -> tuple[float, float]:
         """Seconds of a micro-step, and of its model calls and backwards with nothing between them.
 
-        In turns, because a card that gets warm slows down by more than what lies between.
+        Of three depths, several times in turns, because a card's speed changes with its warmth by
+        more than what lies between; each time they are waited for together, as in a training.
         """
         learner = self.learner(samples)
         learner._flops = self.trainer.learner._flops
@@ -244,6 +255,7 @@ class Ours:
         assert networks.reference is not None
         gradient = torch.ones_like(call.latents) / call.latents.numel()
         numbers = micro_steps(learner, pairs)
+        numbers = [numbers[0], numbers[len(numbers) // 2], numbers[-1]]
         depths = [calls_before_the_last(learner, pairs, number) for number in numbers]
         loader = batches(self.trainer, pairs)
 
@@ -264,15 +276,13 @@ class Ours:
                             learner._predict(networks.reference, call, told)
                         output.backward(gradient)
 
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for job in (whole, alone):
-            job()
-        began = time.perf_counter()
-        while not seconds[0] or time.perf_counter() - began < 2 * self.least:
-            for job, taken in zip((whole, alone), seconds, strict=True):
-                taken.append(wall_clock(job, self.device, least=0.0) / len(numbers))
+        seconds: dict[Callable[[], None], list[float]] = {whole: [], alone: []}
+        learner.learn(next(loader), numbers[0], last=True)
+        for _ in range(2 if self.least else 1):
+            for job in (whole, alone, alone, whole):
+                seconds[job].append(wall_clock(job, self.device, least=0.0) / len(numbers))
         learner.meter.read(lambda mean: mean)
-        return statistics.median(seconds[0]), statistics.median(seconds[1])
+        return statistics.median(seconds[whole]), statistics.median(seconds[alone])
 
 
 def calls_before_the_last(learner: Learner, pairs: int, number: int) -> int:
