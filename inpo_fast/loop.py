@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .graph import capture
 from .lattice import ratio_row
 from .solvers.program import Program, Update
 from .state import FLOAT_STATES, Pair
@@ -255,10 +254,6 @@ class EagerLoop:
         self._stepper.apply(kind, self._rows[index], self._words[index], self.tracks, self.buffers)
 
 
-_capturing = threading.RLock()
-"""Torch allows one capture at a time in a process."""
-
-
 class GraphLoop:
     """Runs each kind of update as one CUDA graph, captured when it first comes.
 
@@ -303,30 +298,16 @@ class GraphLoop:
         self.status.index_copy_(0, self._counter, word[None])
 
     def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph:
-        current = torch.cuda.current_stream(self._counter.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            # compiles, and loads whatever must not be loaded in a capture; on copies
+        def body() -> None:
+            self._update(kind, self.tracks, self.buffers)
+            self._counter.add_(1)
+
+        def warm_up() -> None:
+            # on copies
             status = self.status.clone()
-            self._update(
-                kind,
-                [t.clone() for t in self.tracks],
-                [None if b is None else b.clone() for b in self.buffers],
-            )
+            tracks = [t.clone() for t in self.tracks]
+            self._update(kind, tracks, [None if b is None else b.clone() for b in self.buffers])
             self.status.copy_(status)
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with _capturing:
-                # thread_local: another thread may allocate meanwhile
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    self._update(kind, self.tracks, self.buffers)
-                    self._counter.add_(1)
-                except BaseException:
-                    # the capture has failed already, and ending it says so once more
-                    with contextlib.suppress(RuntimeError):
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-        current.wait_stream(self._stream)
+
+        graph, _ = capture(body, warm_up, pool=self._pool, stream=self._stream)
         return graph

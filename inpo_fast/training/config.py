@@ -166,6 +166,12 @@ class PreferenceConfig:
         "the UNet's norms, their activations and its gates as Triton kernels: fewer passes over "
         "memory with nothing to compile; in place of compile",
     )
+    cuda_graphs: bool = _option(
+        False,
+        "model calls without gradient (inversion, reference) as CUDA graphs, one for every size of "
+        "a batch: for a GPU that is faster than the host can launch kernels; takes their memory "
+        "for good",
+    )
 
     checkpointing_steps: int = _option(500, "optimiser steps between checkpoints", free=True)
     checkpoints_total_limit: int | None = _option(

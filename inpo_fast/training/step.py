@@ -16,6 +16,7 @@ from . import draws
 from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
 from .families import Conditioning
+from .graphed import Graphed
 from .inversion import SOURCES
 from .metrics import Meter, Throughput, count_flops, on_meta
 from .models import Model
@@ -75,6 +76,7 @@ class Learner:
         # made before anything is compiled or wrapped, counted when the shapes are known
         self._structure: nn.Module | None = on_meta(networks.policy)
         self._flops: tuple[int, int] | None = None
+        self._graphed: dict[nn.Module, Graphed] = {}
 
     def learn(self, batch: PairBatch, micro: int, *, last: bool) -> None:
         """Add the gradient of micro-batch number `micro` of the run.
@@ -99,8 +101,7 @@ class Learner:
             rounded.enter_context(self._autocast(enabled=False))
             for call in path:
                 if call.target is None:
-                    with torch.no_grad():
-                        output = self._predict(self.networks.policy, call, told)
+                    output = self._infer(self.networks.policy, call, told)
                 else:
                     # what was rounded without gradient must not serve a call with it
                     rounded.close()
@@ -150,8 +151,31 @@ class Learner:
             output = self.family.predict(model, call.latents, call.timesteps, told)
         return output.float()
 
-    def _autocast(self, *, enabled: bool) -> torch.autocast:
-        return torch.autocast(self.accelerator.device.type, self.dtype, enabled=enabled)
+    @torch.no_grad()
+    def _infer(self, model: nn.Module, call: Call, told: Conditioning) -> Tensor:
+        """The same without gradient, as one graph where the config wants graphs."""
+        if not self.config.cuda_graphs:
+            return self._predict(model, call, told)
+        names = sorted(told.text)
+
+        def predict(latents: Tensor, timesteps: Tensor, *given: Tensor) -> Tensor:
+            text = dict(zip(names, given, strict=False))
+            ids = given[-1] if len(given) > len(names) else None
+            same = Conditioning(text, ids, told.guidance)
+            # what is kept of weights that were rounded outside has no place in a graph
+            with self._autocast(enabled=self.dtype != torch.float32, keep=False):
+                return self.family.predict(model, latents, timesteps, same).float()
+
+        if model not in self._graphed:
+            self._graphed[model] = Graphed(predict, call.latents.device)
+        ids = () if told.time_ids is None else (told.time_ids,)
+        text = (told.text[name] for name in names)
+        return self._graphed[model](call.latents, call.timesteps, *text, *ids)
+
+    def _autocast(self, *, enabled: bool, keep: bool = True) -> torch.autocast:
+        """Autocast to the dtype of model calls, which keeps rounded weights to its end or not."""
+        kind = self.accelerator.device.type
+        return torch.autocast(kind, self.dtype, enabled=enabled, cache_enabled=keep)
 
     def _loss(
         self, output: Tensor, call: Call, told: Conditioning, batch: PairBatch
@@ -159,8 +183,7 @@ class Learner:
         """The objective at a training sample."""
         reference = None
         if self.networks.reference is not None:
-            with torch.no_grad():
-                reference = self._predict(self.networks.reference, call, told)
+            reference = self._infer(self.networks.reference, call, told)
         target, wanted = call.target, self.objective.inputs
         settings: dict[str, Any] = dict(self.objective.defaults)
         if self.config.beta is not None:

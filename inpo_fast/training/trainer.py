@@ -143,6 +143,9 @@ class PreferenceTrainer:
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.sharded = any(hasattr(p, "full_tensor") for p in self.parameters)
+        if config.cuda_graphs and (self.sharded or accelerator.device.type != "cuda"):
+            place = "sharded ones" if self.sharded else f"the device {accelerator.device}"
+            raise ConfigError(f"cuda_graphs needs whole weights on a GPU, got {place}")
         if self.sharded and networks.reference is not None:
             policy.shard(networks.reference, self.model.family.blocks)
         self.stepper = Stepper(

@@ -372,6 +372,12 @@ def test_fused_layers_need_a_gpu(model, tmp_path):
         trainer(model, tmp_path, fused_layers=True)
 
 
+def test_cuda_graphs_need_a_gpu(model, tmp_path):
+    message = "cuda_graphs needs whole weights on a GPU, got the device cpu"
+    with pytest.raises(ConfigError, match=message):
+        trainer(model, tmp_path, cuda_graphs=True)
+
+
 def test_a_lora_with_kohyas_names(model, tmp_path):
     from safetensors.torch import load_file
 

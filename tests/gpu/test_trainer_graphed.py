@@ -1,0 +1,86 @@
+"""Model calls of a training as CUDA graphs: the same numbers, and nothing waits for the device."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("triton")
+
+from inpo_fast.determinism import reproducible_training
+from inpo_fast.training.families import Conditioning
+from inpo_fast.training.trajectory import Call
+from tests.gpu.trainings import (
+    BLOCKS,
+    assert_resumed_run_is_whole,
+    assert_steps_do_not_wait,
+    save_model,
+    trainer,
+    without_measuring,
+)
+
+GRAPHED = {"cuda_graphs": True, "fused_layers": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), **BLOCKS)
+
+
+@pytest.fixture(autouse=True)
+def quick(cuda, monkeypatch):
+    without_measuring(monkeypatch)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
+def test_the_policy_starts_as_the_reference(model, tmp_path, precision, rank):
+    changes = {"mixed_precision": precision, "rank": rank, "max_train_steps": 1, **GRAPHED}
+    (first,) = trainer(model, tmp_path, **changes).train()
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), first
+    assert first["accuracy"] == 0.5, first
+    assert first["policy_winner"] == first["reference_winner"] > 0
+
+
+def test_a_graph_computes_what_the_call_does(model, tmp_path):
+    """For two shapes in turns, in the same memory, and with weights that change."""
+    run = trainer(model, tmp_path, **GRAPHED)
+    learner, device = run.learner, run.accelerator.device
+    batch = next(run.data.loader(run.order, device=device))
+    text = {name: torch.cat([value, value]) for name, value in batch.text.items()}
+    with reproducible_training():
+        for _ in range(2):
+            for count in (2, 1, 2):
+                z = torch.randn(count, *batch.latents.shape[1:], device=device)
+                times = torch.tensor([7, 981][:count], device=device)
+                call = Call(z, times, None, False)
+                told = Conditioning({name: value[:count] for name, value in text.items()})
+                graphed = learner._infer(run.policy, call, told)
+                with torch.no_grad():
+                    assert torch.equal(graphed, learner._predict(run.policy, call, told))
+            with torch.no_grad():
+                run.policy.conv_out.weight.mul_(1.5)
+    assert len(learner._graphed[run.policy]._graphs) == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": 2}, {"use_ema": True}])
+def test_steps_do_not_wait_for_the_device(model, tmp_path, no_sync, changes):
+    run = trainer(model, tmp_path, gradient_accumulation_steps=2, **GRAPHED, **changes)
+    assert_steps_do_not_wait(run, no_sync)
+
+
+@pytest.mark.parametrize("latents", ["ddim", "bdia"])
+def test_a_resumed_run_ends_with_the_same_bits(model, tmp_path, latents):
+    assert_resumed_run_is_whole(model, tmp_path, latents=latents, **GRAPHED)
+
+
+def test_stock_layers_can_be_graphed(model, tmp_path):
+    settings = {"max_train_steps": 3, "learning_rate": 1e-4}
+    plain, graphed = (
+        trainer(model, tmp_path / str(graphs), cuda_graphs=graphs, **settings).train()
+        for graphs in (False, True)
+    )
+    keys = ("loss", "margin_mean", "policy_winner", "reference_winner", "grad_norm")
+    for key in keys:
+        assert [row[key] for row in graphed] == [row[key] for row in plain], key
