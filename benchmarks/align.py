@@ -10,8 +10,8 @@ uniform t.
 A seed decides order, timesteps, noise, prompts and start noise. Intervals are Student's of 95 %
 over seeds, of the difference from the base on the same prompts. Equal time is the time that the
 fastest method takes for all its steps; the curves are read there by linear interpolation. Time is
-of training alone and counts no measurement. A row holds the numbers of every seed, so the file has
-the whole curves. Beside it lies a picture of them.
+of training alone, from its first batch on, and counts no measurement. A row holds the numbers of
+every seed, so the file has the whole curves. Beside it lies a picture of them.
 
 With ``--device cuda`` every GPU that is visible has a process, and the trainings go to whichever is
 free. Times stay comparable, as each training has a GPU to itself. Methods come in the order of what
@@ -256,7 +256,7 @@ def rows(
     settings = QUICK if quick else Settings()
     chosen = [name for name in METHODS if not only or name in only]
     if processes is None:
-        processes = torch.cuda.device_count() if device == "cuda" else 1
+        processes = max(1, torch.cuda.device_count()) if device == "cuda" else 1
     with benches(device, settings, processes) as run:
         seeds = settings.seeds
         base_points = run("base", seeds)
