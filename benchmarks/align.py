@@ -10,16 +10,30 @@ uniform t.
 A seed decides order, timesteps, noise, prompts and start noise. Intervals are Student's of 95 %
 over seeds, of the difference from the base on the same prompts. Equal time is the time that the
 fastest method takes for all its steps; the curves are read there by linear interpolation. Time is
-of training alone and counts no measurement. Beside a result file lies a picture of the curves.
+of training alone, from its first batch on, and counts no measurement. A row holds the numbers of
+every seed, so the file has the whole curves. Beside it lies a picture of them.
+
+With ``--device cuda`` every GPU that is visible has a process, and the trainings go to whichever is
+free. Times stay comparable, as each training has a GPU to itself. Methods come in the order of what
+matters most. An interrupt (``timeout -s INT 240 python -m benchmarks.run align …``) ends the run
+with equal time over the methods that are complete.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -43,20 +57,22 @@ from inpo_fast.training import (
 
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "sft": {"loss_type": "sft"},
         "diffusion-dpo": {"loss_type": "dpo", "beta_dpo": 200.0},
+        "inpo": {"loss_type": "inpo", "beta_dpo": 200.0},
+        "inpo, bdia": {"loss_type": "inpo", "beta_dpo": 200.0, "latents": "bdia"},
+        "inpo, 4 samples": {"loss_type": "inpo", "beta_dpo": 200.0, "samples_per_inversion": 4},
+        "inpo, 2 samples": {"loss_type": "inpo", "beta_dpo": 200.0, "samples_per_inversion": 2},
+        "inpo, official": {"loss_type": "inpo", "beta_dpo": 200.0, "latents": "official"},
+        "smpo": {"loss_type": "smpo", "beta_dpo": 200.0},
+        "sft": {"loss_type": "sft"},
         "kto": {"loss_type": "kto", "beta_dpo": 200.0},
         "mapo": {"loss_type": "mapo"},
-        "smpo": {"loss_type": "smpo", "beta_dpo": 200.0},
-        "inpo": {"loss_type": "inpo", "beta_dpo": 200.0},
-        "inpo, official": {"loss_type": "inpo", "beta_dpo": 200.0, "latents": "official"},
-        "inpo, bdia": {"loss_type": "inpo", "beta_dpo": 200.0, "latents": "bdia"},
-        "inpo, 2 samples": {"loss_type": "inpo", "beta_dpo": 200.0, "samples_per_inversion": 2},
-        "inpo, 4 samples": {"loss_type": "inpo", "beta_dpo": 200.0, "samples_per_inversion": 4},
     }
 )
-"""Fields of the trainer's config. β is the demo's, for all that compare errors as it does; the
-others have the defaults of their scripts."""
+"""Fields of the trainer's config, the main question first. β is the demo's for all whose loss
+compares errors with a reference's, in the unit of each method's script: there, too, all have much
+the same β, while KTO's reward is twice Diffusion-DPO's and SmPO's margin ten times InPO's. MaPO has
+the default of its script."""
 _STUDENT = {2: 12.706, 3: 4.303}
 """97.5 % quantile of Student's t for so many seeds."""
 
@@ -84,7 +100,7 @@ QUICK = Settings(
 class Point(NamedTuple):
     """A model on the way."""
 
-    steps: int
+    steps: float
     seconds: float
     accuracy: float
     moved: float
@@ -94,25 +110,32 @@ class Point(NamedTuple):
 class Curves:
     """[seed][point] of a method; the first point is the base."""
 
-    points: list[list[Point]] = field(default_factory=list)
+    points: list[list[Point]]
 
-    def at_stop(self, index: int, name: str) -> list[float]:
-        return [float(getattr(curve[index], name)) for curve in self.points]
+    def at_stop(self, index: int) -> list[Point]:
+        return [curve[index] for curve in self.points]
 
-    def at_time(self, seconds: float, name: str) -> list[float]:
+    def at_time(self, seconds: float) -> list[Point]:
+        """Between the points by linear interpolation; steps then are no whole number."""
         return [
-            float(np.interp(seconds, [p.seconds for p in curve], [getattr(p, name) for p in curve]))
+            Point(
+                *(
+                    float(np.interp(seconds, [p.seconds for p in curve], values))
+                    for values in zip(*curve, strict=True)
+                )
+            )
             for curve in self.points
         ]
 
 
 class Exam:
-    """What a seed measures a UNet with."""
+    """What a seed measures a UNet with; everything that does not depend on the UNet is ready."""
 
     def __init__(self, pipeline: Pipeline, settings: Settings, seed: int) -> None:
         self.pipeline, self.settings = pipeline, settings
         self.scenes = scenes.held_out_scenes(settings.prompts, seed)
-        self.prompts = [scenes.prompt(scene) for scene in self.scenes]
+        self.text = pipeline.embed([scenes.prompt(scene) for scene in self.scenes])
+        self.empty = pipeline.embed([""])
         self.noise = pipeline.noise(settings.prompts, seed)
         generator = torch.Generator().manual_seed(seed)
         clean = pipeline.encode(scenes.render(self.scenes, generator=generator))
@@ -120,84 +143,160 @@ class Exam:
         times = torch.randint(1000, (len(clean),), generator=generator)
         schedule = training_schedule(pipeline.scheduler)
         self.noisy = q_sample(clean, noise, times, schedule)
-        self.text = pipeline.embed(self.prompts)
         self.base = self._outputs(pipeline.unet)
 
-    @torch.no_grad()
     def _outputs(self, unet: nn.Module) -> Tensor:
-        given = zip(
-            *(x.split(64) for x in (self.noisy.latents, self.noisy.timesteps, self.text)),
-            strict=True,
-        )
+        parts = (self.noisy.latents, self.noisy.timesteps, self.text)
+        given = zip(*(x.split(self.pipeline.chunk) for x in parts), strict=True)
         return torch.cat([unet(x, t, text, return_dict=False)[0] for x, t, text in given])
 
+    @torch.no_grad()
     def measure(self, unet: nn.Module) -> tuple[float, float]:
         """Attributes right, and the mean squared distance of the outputs from the base's."""
-        with torch.no_grad():
-            images = self.pipeline.generate(
-                self.prompts,
-                self.noise,
-                unet=unet,
-                steps=self.settings.sample_steps,
-                guidance=self.settings.guidance,
-            )
+        latents = self.pipeline.sample(
+            unet,
+            self.text,
+            self.empty,
+            self.noise,
+            steps=self.settings.sample_steps,
+            guidance=self.settings.guidance,
+        )
+        right = reader.score(self.pipeline.pixels(latents), self.scenes).mean()
         moved = (self._outputs(unet) - self.base).square().mean()
-        return float(reader.score(images, self.scenes).mean()), float(moved)
+        return float(right), float(moved)
 
 
-def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
-    """Yield rows of the base, of each method (or those named) at each stop, and at equal time."""
+class Bench:
+    """The model, the pairs and the exams on one device, warmed up."""
+
+    def __init__(self, device: str, settings: Settings) -> None:
+        if device.startswith("cuda"):
+            # before the first matrix product: the trainer repeats its bits with it, and warns at
+            # every product without it
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        self.settings = settings
+        self.pipeline = pipeline = load(model_path(), device)
+        with torch.no_grad():
+            self.exams = {seed: Exam(pipeline, settings, seed) for seed in settings.seeds}
+        pairs = load_pairs(preferences_path(), pipeline, settings.table, 0)
+        self.data = MemoryPairs(
+            torch.stack([pairs.winners, pairs.losers], dim=1).cpu(),
+            None,
+            {"prompt_embeds": pairs.text.cpu()},
+        )
+        # what the first steps of a process take longer belongs to no method
+        self.train("inpo", settings.seeds[0], settings.stops[:1])
+
+    def base(self, seed: int) -> Point:
+        return Point(0, 0.0, *self.exams[seed].measure(self.pipeline.unet))
+
+    def train(self, name: str, seed: int, stops: Sequence[int] | None = None) -> list[Point]:
+        """The points of a method after each of `stops` steps, by default the settings'."""
+        stops = self.settings.stops if stops is None else stops
+        return train(self.pipeline, self.data, name, self.settings, seed, self.exams[seed], stops)
+
+
+@contextmanager
+def benches(device: str, settings: Settings, processes: int) -> Iterator[Callable[..., Any]]:
+    """A `map` that takes a method of `Bench` by name: of one bench here, or of one in each of
+    several processes, where each has a GPU of its own."""
+    if processes == 1:
+        bench = Bench(device, settings)
+        yield lambda method, *given: map(getattr(bench, method), *given)
+        return
+    context = multiprocessing.get_context("spawn")
+    gpus = context.SimpleQueue()
+    names = visible_gpus() if device == "cuda" else [""]
+    for index in range(processes):
+        gpus.put(names[index % len(names)])
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(
+        processes, context, initializer=_begin, initargs=(device, settings, gpus, threads)
+    ) as pool:
+        try:
+            yield lambda method, *given: pool.map(partial(_call, method), *given)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [named[i] if named != [""] else str(i) for i in range(torch.cuda.device_count())]
+
+
+_bench: Bench | None = None
+"""Of this process, where it is one of several."""
+
+
+def _begin(device: str, settings: Settings, gpus: Any, threads: int) -> None:
+    global _bench
+    # an interrupt is the first process's, which ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if gpu := gpus.get():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    torch.set_num_threads(threads)
+    _bench = Bench(device, settings)
+
+
+def _call(method: str, *given: Any) -> Any:
+    return getattr(_bench, method)(*given)
+
+
+def rows(
+    device: str, quick: bool, only: Sequence[str], processes: int | None = None
+) -> Iterator[Row]:
+    """Yield rows of the base, of each method (or those named) at each stop, and at equal time.
+
+    Args:
+        processes: trainings at a time; by default as many as there are GPUs.
+    """
     if unknown := set(only) - set(METHODS):
         raise SystemExit(f"benchmarks: --only takes {', '.join(METHODS)}, got {sorted(unknown)}")
     settings = QUICK if quick else Settings()
-    pipeline = load(model_path(), device)
-    exams = [Exam(pipeline, settings, seed) for seed in settings.seeds]
-    base = [Point(0, 0.0, *exam.measure(pipeline.unet)) for exam in exams]
-    accuracies = [point.accuracy for point in base]
-    yield _row("base", "attributes right", "%", [0.0] * len(base), accuracies, {"steps": 0})
-    pairs = load_pairs(preferences_path(), pipeline, settings.table, 0)
-    data = MemoryPairs(
-        torch.stack([pairs.winners, pairs.losers], dim=1).cpu(),
-        None,
-        {"prompt_embeds": pairs.text.cpu()},
-    )
-    chosen = {name: METHODS[name] for name in METHODS if not only or name in only}
-    # what the first steps of a process take longer belongs to no method
-    train(pipeline, data, METHODS["inpo"], settings, 0, exams[0], stops=settings.stops[:1])
-    curves: dict[str, Curves] = {}
-    for name, options in chosen.items():
-        curves[name] = Curves()
-        for seed, exam, start in zip(settings.seeds, exams, base, strict=True):
-            points = train(pipeline, data, options, settings, seed, exam, stops=settings.stops)
-            curves[name].points.append([start, *points])
-        for index, steps in enumerate(settings.stops, 1):
-            seconds = statistics.mean(curves[name].at_stop(index, "seconds"))
-            yield from _rows_at(
-                f"{name}, {steps} steps",
-                accuracies,
-                curves[name].at_stop(index, "accuracy"),
-                curves[name].at_stop(index, "moved"),
-                {"steps": steps, "seconds": seconds},
-            )
-    budget = min(min(curve.at_stop(-1, "seconds")) for curve in curves.values())
-    for name, curve in curves.items():
-        yield from _rows_at(
-            f"{name}, {budget:.2f} s of training",
-            accuracies,
-            curve.at_time(budget, "accuracy"),
-            curve.at_time(budget, "moved"),
-            {"seconds": budget, "steps": statistics.mean(curve.at_time(budget, "steps"))},
+    chosen = [name for name in METHODS if not only or name in only]
+    if processes is None:
+        processes = max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    with benches(device, settings, processes) as run:
+        seeds = settings.seeds
+        base_points = run("base", seeds)
+        trained = run("train", *zip(*product(chosen, seeds), strict=True))
+        base = list(base_points)
+        start = [point.accuracy for point in base]
+        yield _row(
+            *("base", "attributes right", "%", [0.0] * len(base), start),
+            {"steps": 0, "processes": processes},
         )
+        curves: dict[str, Curves] = {}
+        try:
+            for name in chosen:
+                curves[name] = curve = Curves([[point, *next(trained)] for point in base])
+                for index, steps in enumerate(settings.stops, 1):
+                    yield from _rows_at(f"{name}, {steps} steps", start, curve.at_stop(index))
+        except KeyboardInterrupt:
+            # what is there can be compared
+            curves.pop(name, None)
+            print(f"interrupted in {name}", file=sys.stderr)
+        yield from _equal_time(curves, start)
+
+
+def _equal_time(curves: Mapping[str, Curves], base: list[float]) -> Iterator[Row]:
+    """Yield rows of all methods at the seconds that the fastest takes for all its steps."""
+    budget = min(
+        (min(p.seconds for p in curve.at_stop(-1)) for curve in curves.values()), default=0.0
+    )
+    for name, curve in curves.items():
+        case = f"{name}, {budget:.2f} s of training"
+        yield from _rows_at(case, base, curve.at_time(budget))
 
 
 def train(
     pipeline: Pipeline,
     data: MemoryPairs,
-    options: Mapping[str, Any],
+    name: str,
     settings: Settings,
     seed: int,
     exam: Exam,
-    *,
     stops: Sequence[int],
 ) -> list[Point]:
     """Train a copy of the UNet and measure it after each of `stops` steps."""
@@ -216,7 +315,7 @@ def train(
             mixed_precision="no",
             use_cpu=pipeline.device.type == "cpu",
             seed=seed,
-            **options,
+            **METHODS[name],
         )
         trainer = PreferenceTrainer(config, _stable_diffusion(pipeline), data)
         points: list[Point] = []
@@ -243,15 +342,15 @@ def _synchronize(pipeline: Pipeline) -> None:
         torch.cuda.synchronize()
 
 
-def _rows_at(
-    case: str,
-    base: list[float],
-    accuracy: list[float],
-    moved: list[float],
-    values: dict[str, float],
-) -> Iterator[Row]:
-    yield _row(case, "attributes right", "%", base, accuracy, values)
-    yield _row(case, "moved", "squared error", [0.0] * len(moved), moved, values)
+def _rows_at(case: str, base: list[float], points: list[Point]) -> Iterator[Row]:
+    """Rows of a point of every seed, which they hold, too, so that nothing of a curve is lost."""
+    told = {
+        name: statistics.mean(getattr(p, name) for p in points) for name in ("steps", "seconds")
+    }
+    told |= {f"seconds of seed {i}": p.seconds for i, p in enumerate(points)}
+    right, moved = [p.accuracy for p in points], [p.moved for p in points]
+    yield _row(case, "attributes right", "%", base, right, told)
+    yield _row(case, "moved", "squared error", [0.0] * len(moved), moved, told)
 
 
 def _row(
@@ -270,6 +369,7 @@ def _row(
     change = statistics.mean(changes)
     half = _STUDENT[len(changes)] * statistics.stdev(changes) / len(changes) ** 0.5
     ends = {"low": change - half, "high": change + half}
+    seeds = {f"seed {i}": scale * value for i, value in enumerate(found)}
     told = f"95 % interval {ends['low']:.3g} to {ends['high']:.3g}"
     told = f"over the base {change:+.3g}, {told}" if start else told
     return Row(
@@ -279,7 +379,7 @@ def _row(
         ours=scale * statistics.mean(found),
         rivals={"base": start} if start else {},
         ratios={},
-        values={**values, **ends},
+        values={**values, **ends, **seeds},
     )
 
 

@@ -47,6 +47,8 @@ class Randomness:
         return down, across
 
     def drop_caption(self, pick: Pick) -> bool:
+        if not self.proportion_empty_prompts:
+            return False
         drawn = draws.uniform(draws.Purpose.EMPTY_PROMPT, self.seed, *pick)
         return drawn < self.proportion_empty_prompts
 

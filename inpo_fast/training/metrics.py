@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -94,8 +95,10 @@ def on_meta(module: nn.Module) -> Any:
     return copy.deepcopy(module, memo)
 
 
+@functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of this device in large matrix products, the best of a few tries, measured now.
+    """FLOP/s of this device in large matrix products, the best of a few tries, measured once in a
+    process: it takes seconds in float32.
 
     A card's clock and power limit make nominal figures a poor yardstick. The numbers are random and
     the products follow each other, because both cost power: of ones, or of one product alone, the

@@ -20,8 +20,8 @@ class EncodedPair(NamedTuple):
 
     mean: Tensor
     """[2, C, h, w] of the posteriors of winner and loser."""
-    std: Tensor
-    """[2, C, h, w]"""
+    std: Tensor | None
+    """[2, C, h, w], or None for a posterior that is one point."""
     text: Mapping[str, Tensor]
     """Conditioning by name, without a batch dimension."""
     time_ids: Tensor | None
@@ -52,7 +52,10 @@ class Scaling(NamedTuple):
 
     def sample(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """(mean + std·ε − shift)·scale of [..., C, h, w], in float32."""
-        latents = mean.float() + std.float() * noise
+        return self.scaled(mean.float() + std.float() * noise)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """(z − shift)·scale of [..., C, h, w] float32."""
         shift, scale = (value[:, None, None].to(latents.device) for value in self)
         return (latents - shift) * scale
 
@@ -85,7 +88,7 @@ class MemoryPairs(EncodedPairs):
 
     Args:
         mean: [N, 2, C, h, w] posterior means of winners and losers.
-        std: the same of the deviations; None stands for zeros, a posterior that is one point.
+        std: the same of the deviations; None stands for zeros: nothing is drawn.
         text: [N, …] conditioning by name.
         scaling: see `Scaling`; None for latents that are the denoiser's already.
         empty_text: the empty prompt's, [...] by the same names; needed to drop captions.
@@ -142,7 +145,7 @@ class MemoryPairs(EncodedPairs):
             text = self._empty
         return EncodedPair(
             mean,
-            torch.zeros_like(mean) if self._std is None else self._std[position],
+            None if self._std is None else self._std[position],
             text,
             None if self._time_ids is None else self._time_ids[position],
             float(self._label[position]),
@@ -171,9 +174,14 @@ class _Samples(Dataset[Any]):
             flipped=self.pairs.flips and self.randomness.flip(pick),
             empty_prompt=self.randomness.drop_caption(pick),
         )
-        noise = self.randomness.posterior_noise(pick, tuple(pair.mean.shape))
+        scaling = self.pairs.scaling
+        if pair.std is None:
+            latents = scaling.scaled(pair.mean.float())
+        else:
+            noise = self.randomness.posterior_noise(pick, tuple(pair.mean.shape))
+            latents = scaling.sample(pair.mean, pair.std, noise)
         return Sample(
-            self.pairs.scaling.sample(pair.mean, pair.std, noise),
+            latents,
             {name: value.float() for name, value in pair.text.items()},
             pair.time_ids,
             pair.label,

@@ -80,7 +80,6 @@ class PreferenceTrainer:
         """Optimiser steps done."""
         self.history: list[dict[str, float]] = []
         """What this process logged, every `logging_steps`, each with its `step`."""
-        self._peak_flops: float | None = None
         state = None if resume is None else self._checked(read_state(resume), resume)
         self._build(resume)
         if resume is not None and state is not None:
@@ -253,11 +252,9 @@ class PreferenceTrainer:
         return values
 
     def _peak(self) -> float:
-        """FLOP/s of this device in the dtype of the model calls, measured once."""
-        if self._peak_flops is None:
-            with self.learner.throughput.paused():
-                self._peak_flops = measured_peak(self.accelerator.device, self.dtype)
-        return self._peak_flops
+        """FLOP/s of this device in the dtype of the model calls."""
+        with self.learner.throughput.paused():
+            return measured_peak(self.accelerator.device, self.dtype)
 
     def _start_trackers(self) -> None:
         if not self.accelerator.log_with:

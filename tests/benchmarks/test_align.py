@@ -37,10 +37,73 @@ def test_rows_are_written_and_drawn(rows, tmp_path):
     assert (tmp_path / "align.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_hold_the_curves(rows):
+    for row in rows:
+        seeds = [row.values[f"seed {i}"] for i in range(2)]
+        assert sum(seeds) / 2 == pytest.approx(row.ours)
+    for row in rows[1:]:
+        seconds = [row.values[f"seconds of seed {i}"] for i in range(2)]
+        assert sum(seconds) / 2 == pytest.approx(row.values["seconds"])
+
+
+def test_processes_find_what_one_finds(rows):
+    spread = list(align.rows("cpu", True, ["sft"], processes=2))
+    assert [row.values["processes"] for row in (rows[0], spread[0])] == [1, 2]
+    alone = [row for row in rows if row.case.startswith(("base", "sft, 1 s", "sft, 2 s"))]
+    assert len(alone) == 5
+    for row, other in zip(alone, spread, strict=False):
+        assert row.case == other.case
+        assert row.ours == other.ours
+        assert row.values["seed 1"] == other.values["seed 1"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-a,MIG-b", ["GPU-a", "MIG-b"])],
+)
+def test_each_process_has_a_gpu_of_those_visible(monkeypatch, visible, names):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert align.visible_gpus() == names
+
+
+def test_an_interrupt_leaves_equal_time_over_what_is_complete(monkeypatch, capsys):
+    trained = []
+
+    class Bench:
+        def __init__(self, device, settings):
+            self.stops = settings.stops
+
+        def base(self, seed):
+            return align.Point(0, 0.0, 0.5, 0.0)
+
+        def train(self, name, seed):
+            trained.append((name, seed))
+            if name == "inpo, bdia" and seed == 1:
+                raise KeyboardInterrupt
+            slow = 1 + len(trained) // 3
+            return [align.Point(n, slow * n, 0.5 + n / 10, n / 4) for n in self.stops]
+
+    monkeypatch.setattr(align, "Bench", Bench)
+    cases = [
+        row.case for row in align.rows("cpu", True, ["sft", "inpo, bdia", "inpo", "diffusion-dpo"])
+    ]
+    assert [name for name, _ in trained] == ["diffusion-dpo"] * 2 + ["inpo"] * 2 + [
+        "inpo, bdia"
+    ] * 2
+    assert "interrupted in inpo, bdia" in capsys.readouterr().err
+    equal = [case.split(",")[0] for case in cases if "2.00 s of training, attr" in case]
+    assert equal == ["diffusion-dpo", "inpo"]
+    assert not any(case.startswith(("inpo, bdia", "sft")) for case in cases)
+
+
 def test_curves_are_read_between_their_points():
     curve = align.Curves([[align.Point(0, 0.0, 0.5, 0.0), align.Point(10, 2.0, 0.7, 0.4)]])
-    assert curve.at_time(1.0, "accuracy") == pytest.approx([0.6])
-    assert curve.at_time(1.0, "steps") == [5.0]
+    (point,) = curve.at_time(1.0)
+    assert point == pytest.approx((5.0, 1.0, 0.6, 0.2))
+    assert curve.at_stop(1) == [align.Point(10, 2.0, 0.7, 0.4)]
 
 
 def test_unknown_methods_are_refused():

@@ -20,6 +20,17 @@ def test_generate_equals_diffusers(tiny, shipped):
     torch.testing.assert_close(images, expected * 2 - 1, rtol=0, atol=1e-5)
 
 
+def test_calls_of_few_images_draw_what_one_call_draws(tiny, monkeypatch):
+    noise, sizes = tiny.noise(3, seed=5), []
+    with tiny.unet.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0]))):
+        together = tiny.generate(PROMPTS, noise, steps=2, guidance=3.0)
+        monkeypatch.setattr("inpo_fast.demo.pipeline._CPU_CHUNK", 2)
+        images = tiny.generate(PROMPTS, noise, steps=2, guidance=3.0)
+    assert sizes == [6, 6, 4, 4, 2, 2]
+    # Two orders of the same float32 arithmetic.
+    torch.testing.assert_close(images, together, rtol=0, atol=1e-5)
+
+
 def test_encode_is_the_scaled_posterior_mean_and_decode_its_counterpart(tiny):
     images = scenes.render(scenes.held_out_scenes(2))
     latents = tiny.encode(images)

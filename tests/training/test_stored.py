@@ -63,6 +63,12 @@ def test_winners_come_first_and_pairs_stay_together():
         assert batch.label[place] == torch.linspace(0.5, 1, N)[index]
 
 
+def test_without_deviations_a_batch_is_that_of_zeros():
+    zeros = pairs(std=torch.zeros(N, *SHAPE))
+    for one, other in zip(take(pairs(std=None), 6), take(zeros, 6), strict=True):
+        assert equal(one, other)
+
+
 def test_the_posterior_is_sampled_anew_in_every_epoch():
     # one pair, one batch an epoch: 400 draws of every element
     data = pairs(
