@@ -32,10 +32,18 @@ from torch import Tensor, nn
 
 from benchmarks import official, training_loop
 from benchmarks.common import Row
-from benchmarks.training_loop import Setting, batches, micro_steps, synchronize, wall_clock
+from benchmarks.training_loop import (
+    Setting,
+    batches,
+    micro_steps,
+    seconds_of_steps,
+    synchronize,
+    wall_clock,
+)
 from inpo_fast.determinism import reproducible_training
 from inpo_fast.training import PreferenceTrainer, draws, policy
 from inpo_fast.training.families import Conditioning
+from inpo_fast.training.graphed import Graphs
 from inpo_fast.training.metrics import measured_peak
 from inpo_fast.training.step import Learner
 from inpo_fast.training.trajectory import Call
@@ -120,7 +128,15 @@ def our_rows(
         trainer.optimizer.state.clear()
         trainer.optimizer.zero_grad(set_to_none=True)
     forward = ours.forward(pairs)
+    if layers != "stock layers":
+        eager = ours.timed(pairs, 1)
+        yield rate(f"{name}, {layers}, {pairs} pairs", eager, official=rival)
+        gain = stock[pairs].sample / eager.sample
+        yield levers.row(layers, gain, forwards[pairs] / forward, samples=1)
     peak = measured_peak(trainer.accelerator.device, trainer.dtype)
+    if device == "cuda":
+        layers += " and graphs"
+        trainer.learner.graphs = Graphs(trainer.accelerator.device)
     best: dict[int, Timed] = {}
     for samples in REUSE:
         best[samples] = ours.timed(pairs, samples)
@@ -128,10 +144,10 @@ def our_rows(
         target = SPEEDUP[name.split()[0]].get(samples)
         yield rate(label, best[samples], target=target, official=rival)
         yield utilisation(f"{label}, rate of the whole step", name, ours, best[samples], peak)
-        yield overhead(label, *ours.against_calls(pairs, samples))
+        if samples == 1:
+            yield overhead(label, *ours.against_calls(pairs, samples))
     if layers != "stock layers":
-        gain = stock[pairs].sample / best[1].sample
-        yield levers.row(layers, gain, forwards[pairs] / forward, samples=1)
+        yield levers.graphs(eager, best[1], forward, ours.forward(pairs))
         free = ours.timed(pairs, 1, nondeterministic=True)
         yield rate(f"{name}, {layers}, {pairs} pairs, nondeterministic", free, official=rival)
     if name == "sd15":
@@ -179,22 +195,21 @@ class Ours:
         self._count_flops(learner, pairs)
         numbers = micro_steps(learner, pairs)
         loader = batches(self.trainer, pairs)
-        learner.learn(next(loader), numbers[0], last=True)
+        learner.learn(next(loader), numbers[0][0], last=True)
         # the optimiser makes its states in its first step
         optimizer = self._optimizer_seconds(learner, pairs)
         reset_peak(self.device)
-        learner.throughput.flops = 0.0
-        steps = 0
+        flops: dict[int, list[float]] = {number: [] for number, _ in numbers}
 
-        def job() -> None:
-            nonlocal steps
-            for number in numbers:
-                before()
-                learner.learn(next(loader), number, last=True)
-                steps += 1
+        def step(number: int) -> None:
+            before()
+            counted = learner.throughput.flops
+            learner.learn(next(loader), number, last=True)
+            flops[number].append(learner.throughput.flops - counted)
 
-        micro = wall_clock(job, self.device, least=self.least) / len(numbers)
-        self.flops = learner.throughput.flops / (steps * pairs * samples)
+        micro = seconds_of_steps(step, numbers, self.device, least=self.least)
+        together = sum(share * flops[number][0] for number, share in numbers)
+        self.flops = together / (pairs * samples)
         learner.meter.read(lambda mean: mean)
         sample = micro / (pairs * samples) + optimizer / ACCUMULATED
         return Timed(sample, peak_memory(self.device), micro)
@@ -212,9 +227,9 @@ class Ours:
         stepper = self.trainer.stepper
         times = []
         loader = batches(self.trainer, pairs)
-        shallow = micro_steps(learner, pairs)[:1]
+        shallow = micro_steps(learner, pairs)[0][0]
         for _ in range(2):
-            learner.learn(next(loader), shallow[0], last=True)
+            learner.learn(next(loader), shallow, last=True)
             synchronize(self.device)
             began = time.perf_counter()
             stepper.step()
@@ -234,11 +249,10 @@ class Ours:
 
     def forward(self, pairs: int) -> float:
         """Seconds for a pair of one call without gradient."""
-        learner, (call, told) = self.trainer.learner, self.told(pairs)
+        learner, (call, told) = self.learner(1), self.told(pairs)
 
-        @torch.no_grad()
         def job() -> None:
-            learner._predict(learner.networks.policy, call, told)
+            learner._infer(learner.networks.policy, call, told)
 
         job()
         return wall_clock(job, self.device, least=self.least / 8) / pairs
@@ -246,41 +260,40 @@ class Ours:
     def against_calls(self, pairs: int, samples: int) -> tuple[float, float]:
         """Seconds of a micro-step, and of its model calls and backwards with nothing between them.
 
-        Of three depths, several times in turns, because a card's speed changes with its warmth by
-        more than what lies between; each time they are waited for together, as in a training.
+        Three steps at a time, in turns, because a card's speed changes with its warmth by more than
+        what lies between.
         """
         learner = self.learner(samples)
         learner._flops = self.trainer.learner._flops
         networks, (call, told) = learner.networks, self.told(pairs)
         assert networks.reference is not None
         gradient = torch.ones_like(call.latents) / call.latents.numel()
-        numbers = micro_steps(learner, pairs)
-        numbers = [numbers[0], numbers[len(numbers) // 2], numbers[-1]]
-        depths = [calls_before_the_last(learner, pairs, number) for number in numbers]
+        number, _ = micro_steps(learner, pairs)[0]
+        depth = calls_before_the_last(learner, pairs, number)
         loader = batches(self.trainer, pairs)
 
         def whole() -> None:
-            for number in numbers:
+            for _ in range(3):
                 learner.learn(next(loader), number, last=True)
 
         def alone() -> None:
-            for depth in depths:
+            for _ in range(3):
                 # as in the trainer, weights are rounded once for these
-                with torch.no_grad(), learner._autocast(enabled=False):
+                with learner._autocast(enabled=False):
                     for _ in range(depth + 1 - samples):
-                        learner._predict(networks.policy, call, told)
+                        learner._infer(networks.policy, call, told)
                 for _ in range(samples):
                     with learner._repeating():
                         output = learner._predict(networks.wrapped, call, told)
-                        with torch.no_grad():
-                            learner._predict(networks.reference, call, told)
+                        learner._infer(networks.reference, call, told)
                         output.backward(gradient)
 
         seconds: dict[Callable[[], None], list[float]] = {whole: [], alone: []}
-        learner.learn(next(loader), numbers[0], last=True)
-        for _ in range(2 if self.least else 1):
+        learner.learn(next(loader), number, last=True)
+        began = time.perf_counter()
+        while not seconds[whole] or time.perf_counter() - began < 2 * self.least:
             for job in (whole, alone, alone, whole):
-                seconds[job].append(wall_clock(job, self.device, least=0.0) / len(numbers))
+                seconds[job].append(wall_clock(job, self.device, least=0.0) / 3)
         learner.meter.read(lambda mean: mean)
         return statistics.median(seconds[whole]), statistics.median(seconds[alone])
 
@@ -299,7 +312,7 @@ def first_seconds(ours: Ours, pairs: int) -> float:
     batch = next(loader)
     synchronize(ours.device)
     began = time.perf_counter()
-    learner.learn(batch, micro_steps(learner, pairs)[0], last=True)
+    learner.learn(batch, micro_steps(learner, pairs)[0][0], last=True)
     synchronize(ours.device)
     return time.perf_counter() - began
 
@@ -331,6 +344,12 @@ class Levers:
     def mean_depth(self, samples: int) -> float:
         return self.ours.learner(samples).timesteps.mean_calls
 
+    def graphs(self, eager: Timed, best: Timed, forward: float, graphed: float) -> Row:
+        """Predicted by what a call without gradient takes in both ways."""
+        calls = self.mean_depth(1) + 1  # and the reference
+        predicted = eager.sample / (eager.sample - calls * (forward - graphed))
+        return self.row("CUDA graphs", eager.sample / best.sample, predicted, samples=1)
+
     def reuse(self, best: dict[int, Timed]) -> Row:
         top = max(best)
         once, often = (self.forwards(self.mean_depth(s), s) for s in (1, top))
@@ -346,11 +365,10 @@ class Levers:
         numbers = micro_steps(learner, pairs, deepest)
         loader = batches(ours.trainer, pairs)
 
-        def job() -> None:
-            for number in numbers:
-                learner.learn(next(loader), number, last=True)
+        def step(number: int) -> None:
+            learner.learn(next(loader), number, last=True)
 
-        micro = wall_clock(job, ours.device, least=ours.least) / len(numbers)
+        micro = seconds_of_steps(step, numbers, ours.device, least=ours.least)
         learner.meter.read(lambda mean: mean)
         return self.row("depth buckets", micro / best[1].micro, predicted, samples=1)
 

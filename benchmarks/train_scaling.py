@@ -38,7 +38,7 @@ def main() -> None:
         gradient_accumulation_steps=options.accumulation,
     )
     learner, accelerator = trainer.learner, trainer.accelerator
-    numbers = micro_steps(learner, pairs)
+    numbers = [number for number, _ in micro_steps(learner, pairs)]
     numbers = numbers * (options.accumulation // len(numbers) or 1)
     if len(numbers) % options.accumulation:
         numbers = numbers * options.accumulation

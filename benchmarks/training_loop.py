@@ -8,9 +8,8 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -116,31 +115,51 @@ def with_config(learner: Learner, **changes: Any) -> Learner:
     return other
 
 
-def micro_steps(learner: Learner, pairs: int, mean: float | None = None) -> list[int]:
-    """Numbers of micro-steps whose inversions have together the mean depth, to a twelfth.
+def micro_steps(
+    learner: Learner, pairs: int, mean: float | None = None
+) -> tuple[tuple[int, float], ...]:
+    """Numbers of micro-steps, and shares with which their depths have the mean depth.
 
-    A step's time is affine in its depth (each costs one more call of the same shapes), so these few
-    steps take on average what all do.
+    A step's time is affine in its depth (each costs one more call of the same shapes), so its mean
+    over all steps is that of the two depths around the mean one.
 
     Args:
         pairs: of a micro-batch on one process.
         mean: of the depths, by default the sampler's own.
     """
     sampler, config = learner.timesteps, learner.config
-    exact = Fraction(sampler.mean_calls if mean is None else mean).limit_denominator(12)
-    low = math.floor(exact)
-    deeper = int((exact - low) * exact.denominator)
-    wanted = [low] * (exact.denominator - deeper) + [low + 1] * deeper
+    mean = sampler.mean_calls if mean is None else mean
+    low = math.floor(mean)
     together = pairs * learner.accelerator.num_processes
-    found = []
-    numbers = itertools.count()
-    for depth in wanted:
-        for number in numbers:
+
+    def number_of(depth: int) -> int:
+        for number in itertools.count():
             source = draws.generator(draws.Purpose.TIMESTEP, config.seed, number)
             if len(sampler.draw(together, source).grid) == depth:
-                found.append(number)
-                break
-    return found
+                return number
+        raise AssertionError
+
+    shares = {low: low + 1 - mean, low + 1: mean - low}
+    return tuple((number_of(depth), share) for depth, share in shares.items() if share)
+
+
+def seconds_of_steps(
+    step: Callable[[int], object],
+    numbers: Sequence[tuple[int, float]],
+    device: str,
+    *,
+    least: float,
+) -> float:
+    """Seconds of a micro-step on average over these; three in a row, as in a training."""
+
+    def seconds(number: int) -> float:
+        def job() -> None:
+            for _ in range(3):
+                step(number)
+
+        return wall_clock(job, device, least=least / len(numbers)) / 3
+
+    return sum(share * seconds(number) for number, share in numbers)
 
 
 def batches(trainer: PreferenceTrainer, pairs: int) -> Iterator[PairBatch]:

@@ -12,17 +12,15 @@ block is contiguous. Constants that change from step to step are read from the d
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from inpo_fast.ops import reference
+from inpo_fast.ops.triton_launch import launch, on_device_of
 
 VERSION: str = triton.__version__
 # TRITON_INTERPRET was set: kernels run in Python, on the CPU.
@@ -557,59 +555,10 @@ def _block(result: Tensor) -> int:
     return THREADS * 16 // result.element_size()
 
 
-_HERE = contextlib.nullcontext()
-
-
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the device of x the current one: Triton launches there, on its current stream."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device_of(x)
-
-
-# Compiled kernels, each with a grid, by what they were compiled for and the values of scalars.
-_compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
-MOST_COMPILED = 4096
-
-
 def _launch(
     kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], scalars: tuple[int, ...]
 ) -> None:
-    """Launch the kernel with the tensors and then the scalars as its arguments, by position.
-
-    For Triton to find the compiled kernel that fits takes several times as long as to launch it.
-    What it compiles depends on the dtype and the alignment of a tensor and on the value of a
-    scalar, so where these come again, the kernel that it took before is launched.
-    """
-    grid = programs, 1, 1
-    knobs = triton.knobs
-    if knobs.runtime.add_stages_inspection_hook is not None:
-        # It may have every launch compiled in another way.
-        kernel[grid](*tensors, *scalars, **OPTIONS)
-        return
-    device = tensors[0].get_device()  # type: ignore[union-attr]
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    key = (
-        # The hash of a kernel is that of its source.
-        id(kernel),
-        programs,
-        device,
-        scalars,
-        *[None if t is None else t.dtype for t in tensors],
-        *[None if pointer is None else pointer & 15 for pointer in pointers],
-        knobs.runtime.debug,
-        knobs.compilation.instrumentation_mode,
-    )
-    launch = _compiled.get(key)
-    if launch is not None:
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        launch(*pointers, *scalars, stream=stream)
-        return
-    compiled = kernel[grid](*tensors, *scalars, **OPTIONS)
-    if isinstance(compiled, CompiledKernel):  # The interpreter has none.
-        if len(_compiled) >= MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = compiled[grid]
+    launch(kernel, (programs, 1, 1), tensors, scalars, OPTIONS)
 
 
 def _affine(

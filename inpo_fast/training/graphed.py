@@ -6,7 +6,7 @@ one by one. A graph of them is one launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,48 +23,54 @@ class _Graph:
     output: Tensor
 
 
-class Graphed:
-    """A function of tensors, without gradient.
+class Graphs:
+    """Functions of tensors, without gradient, as graphs that share their memory.
 
-    What else it reads, weights above all, may change its values, but not its place in memory.
+    What else a function reads, weights above all, may change its values, but not its place in
+    memory. Graphs are replayed one after the other.
 
     Args:
-        function: waits for nothing on the host.
-        device: of its tensors.
+        device: of all tensors.
     """
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
-        self._function = function
+    def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Any, _Graph] = {}
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     @torch.no_grad()
-    def __call__(self, *given: Tensor) -> Tensor:
+    def call(self, name: Hashable, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """What the function returns.
+
+        Args:
+            name: by which a function is known again.
+            function: waits for nothing on the host; called where no graph has these shapes.
+            given: its arguments.
+        """
         # the kernels are chosen at the capture, by the settings of that time
-        key = (
-            torch.get_deterministic_debug_mode(),
-            torch.backends.cuda.cudnn_sdp_enabled(),
-            *((t.shape, t.stride(), t.dtype) for t in given),
-        )
+        settings = torch.get_deterministic_debug_mode(), torch.backends.cuda.cudnn_sdp_enabled()
+        key = (name, settings, *((t.shape, t.stride(), t.dtype) for t in given))
         if key not in self._graphs:
-            self._graphs[key] = self._capture(given)
+            self._graphs[key] = self._capture(function, given)
         found = self._graphs[key]
         for mine, theirs in zip(found.inputs, given, strict=True):
             mine.copy_(theirs)
         found.graph.replay()
         return found.output.clone()
 
-    def _capture(self, given: tuple[Tensor, ...]) -> _Graph:
+    def _capture(self, function: Callable[..., Tensor], given: tuple[Tensor, ...]) -> _Graph:
         inputs = tuple(t.clone() for t in given)
 
         def warm_up() -> None:
-            self._function(*inputs)
+            function(*inputs)
             # no other stream could use the memory that it took
             self._stream.synchronize()
             torch.cuda.empty_cache()
 
         graph, output = capture(
-            lambda: self._function(*inputs), warm_up, pool=self._pool, stream=self._stream
+            lambda: function(*inputs), warm_up, pool=self._pool, stream=self._stream
         )
         return _Graph(graph, inputs, output)

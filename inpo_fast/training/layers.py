@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..ops.triton import INTERPRETED, on_device_of
-from . import layer_kernels as kernels
+from ..ops.triton import INTERPRETED
+from ..ops.triton_launch import on_device_of
+from . import layer_launch as kernels
 
 
 def fuse(model: nn.Module, *, channels_last: bool = True) -> int:

@@ -16,7 +16,7 @@ from . import draws
 from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
 from .families import Conditioning
-from .graphed import Graphed
+from .graphed import Graphs
 from .inversion import SOURCES
 from .metrics import Meter, Throughput, count_flops, on_meta
 from .models import Model
@@ -76,7 +76,7 @@ class Learner:
         # made before anything is compiled or wrapped, counted when the shapes are known
         self._structure: nn.Module | None = on_meta(networks.policy)
         self._flops: tuple[int, int] | None = None
-        self._graphed: dict[nn.Module, Graphed] = {}
+        self.graphs = Graphs(accelerator.device) if config.cuda_graphs else None
 
     def learn(self, batch: PairBatch, micro: int, *, last: bool) -> None:
         """Add the gradient of micro-batch number `micro` of the run.
@@ -154,7 +154,7 @@ class Learner:
     @torch.no_grad()
     def _infer(self, model: nn.Module, call: Call, told: Conditioning) -> Tensor:
         """The same without gradient, as one graph where the config wants graphs."""
-        if not self.config.cuda_graphs:
+        if self.graphs is None:
             return self._predict(model, call, told)
         names = sorted(told.text)
 
@@ -166,11 +166,9 @@ class Learner:
             with self._autocast(enabled=self.dtype != torch.float32, keep=False):
                 return self.family.predict(model, latents, timesteps, same).float()
 
-        if model not in self._graphed:
-            self._graphed[model] = Graphed(predict, call.latents.device)
         ids = () if told.time_ids is None else (told.time_ids,)
         text = (told.text[name] for name in names)
-        return self._graphed[model](call.latents, call.timesteps, *text, *ids)
+        return self.graphs.call(model, predict, call.latents, call.timesteps, *text, *ids)
 
     def _autocast(self, *, enabled: bool, keep: bool = True) -> torch.autocast:
         """Autocast to the dtype of model calls, which keeps rounded weights to its end or not."""

@@ -57,6 +57,8 @@ class PreferenceTrainer:
         self.config = config
         self.accelerator = accelerator = make_accelerator(config)
         self.dtype = _DTYPES[accelerator.mixed_precision]
+        if config.cuda_graphs and accelerator.device.type != "cuda":
+            raise ConfigError(f"cuda_graphs needs a GPU, got the device {accelerator.device}")
         self.folder = Path(config.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"output_dir must be a folder, and {self.folder} is a file")
@@ -142,9 +144,8 @@ class PreferenceTrainer:
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.sharded = any(hasattr(p, "full_tensor") for p in self.parameters)
-        if config.cuda_graphs and (self.sharded or accelerator.device.type != "cuda"):
-            place = "sharded ones" if self.sharded else f"the device {accelerator.device}"
-            raise ConfigError(f"cuda_graphs needs whole weights on a GPU, got {place}")
+        if config.cuda_graphs and self.sharded:
+            raise ConfigError("cuda_graphs needs whole weights on every process, got sharded ones")
         if self.sharded and networks.reference is not None:
             policy.shard(networks.reference, self.model.family.blocks)
         self.stepper = Stepper(

@@ -5,9 +5,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from inpo_fast.ops import triton as kernels  # noqa: E402
+from inpo_fast.ops import triton_launch as launcher  # noqa: E402
 
+GRID, OPTIONS = (3, 1, 1), {"num_warps": 4}
 F32, F16 = torch.float32, torch.float16
+
+
+def launch(*arguments):
+    launcher.launch(*arguments, OPTIONS)
 
 
 class Compiled:
@@ -39,8 +44,8 @@ class Driver:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(kernels, "CompiledKernel", Compiled)
-    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(launcher, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launcher, "_compiled", {})
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     return Kernel()
 
@@ -51,33 +56,33 @@ def floats(dtype=F32, offset=0):
 
 def test_the_second_launch_has_the_new_pointers(kernel):
     x, y = floats(), floats()
-    kernels._launch(kernel, 3, (x, None), (64, True))
-    kernels._launch(kernel, 3, (y, None), (64, True))
+    launch(kernel, GRID, (x, None), (64, True))
+    launch(kernel, GRID, (y, None), (64, True))
     assert kernel.log == [
-        ("chosen", (3, 1, 1), (x, None, 64, True), kernels.OPTIONS),
-        ("again", (3, 1, 1), (y.data_ptr(), None, 64, True), 7),
+        ("chosen", GRID, (x, None, 64, True), OPTIONS),
+        ("again", GRID, (y.data_ptr(), None, 64, True), 7),
     ]
 
 
 OTHERS = {
-    "kernel": (Kernel(), 3, (floats(), None), (64,)),
-    "grid": (None, 4, (floats(), None), (64,)),
-    "dtype": (None, 3, (floats(F16), None), (64,)),
-    "alignment": (None, 3, (floats(offset=1), None), (64,)),
-    "a tensor more": (None, 3, (floats(), floats()), (64,)),
-    "scalar": (None, 3, (floats(), None), (1,)),
+    "kernel": (Kernel(), GRID, (floats(), None), (64,)),
+    "grid": (None, (3, 2, 1), (floats(), None), (64,)),
+    "dtype": (None, GRID, (floats(F16), None), (64,)),
+    "alignment": (None, GRID, (floats(offset=1), None), (64,)),
+    "a tensor more": (None, GRID, (floats(), floats()), (64,)),
+    "scalar": (None, GRID, (floats(), None), (1,)),
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_what_triton_compiles_for_is_never_mixed_up(kernel, other):
-    kernels._launch(kernel, 3, (floats(), None), (64,))
+    launch(kernel, GRID, (floats(), None), (64,))
     one, *arguments = OTHERS[other]
     one = one or kernel
     for expected in ("chosen", "again"):
-        kernels._launch(one, *arguments)
+        launch(one, *arguments)
         assert one.log[-1][0] == expected
-    kernels._launch(kernel, 3, (floats(), None), (64,))
+    launch(kernel, GRID, (floats(), None), (64,))
     assert kernel.log[-1][0] == "again"
 
 
@@ -90,26 +95,26 @@ def test_knobs_that_compile_anew_are_heeded(kernel, monkeypatch):
     ]
     for knob, name, value in settings:
         for _ in range(2):
-            kernels._launch(kernel, 3, (floats(),), (64,))
+            launch(kernel, GRID, (floats(),), (64,))
         assert kernel.log[-1][0] == "again"
         with monkeypatch.context() as context:
             context.setattr(knob, name, value)
-            kernels._launch(kernel, 3, (floats(),), (64,))
+            launch(kernel, GRID, (floats(),), (64,))
         assert kernel.log[-1][0] == "chosen"
-        kept = len(kernels._compiled)
+        kept = len(launcher._compiled)
         assert kept == (1 if name == "add_stages_inspection_hook" else 2)
-        kernels._compiled.clear()
+        launcher._compiled.clear()
 
 
 def test_what_is_not_compiled_is_not_kept(kernel, monkeypatch):
-    monkeypatch.setattr(kernels, "CompiledKernel", int)  # as if the interpreter had run it
+    monkeypatch.setattr(launcher, "CompiledKernel", int)  # as if the interpreter had run it
     for _ in range(2):
-        kernels._launch(kernel, 3, (floats(),), (64,))
+        launch(kernel, GRID, (floats(),), (64,))
     assert [entry[0] for entry in kernel.log] == ["chosen"] * 2
 
 
 def test_the_kept_kernels_are_bounded(kernel, monkeypatch):
-    monkeypatch.setattr(kernels, "MOST_COMPILED", 4)
+    monkeypatch.setattr(launcher, "MOST_COMPILED", 4)
     for n in range(100):
-        kernels._launch(kernel, 3, (floats(),), (n,))
-        assert len(kernels._compiled) <= 4
+        launch(kernel, GRID, (floats(),), (n,))
+        assert len(launcher._compiled) <= 4

@@ -107,17 +107,19 @@ def test_no_kernel_spills(name, tmp_path, monkeypatch):
     from triton.compiler import ASTSource, compile
 
     from inpo_fast.training import layer_kernels as kernels
+    from inpo_fast.training import layer_launch
     from tests.ops.test_triton_compiles import CAPABILITIES, usage
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(kernels, name)
     fixed = {"PIXELS": kernels.PIXELS, "CHANNELS": kernels.CHANNELS, "ROWS": kernels.ROWS}
-    fixed |= kernels._GATE
+    fixed |= dict(zip(("GATES", "GATED_ROWS"), layer_launch._GATE_TILE, strict=True))
     for capability in CAPABILITIES:
         for half, given in itertools.product(("bf16", "fp32"), CONSTANTS[name]):
             constants = fixed | given
             if "width" in given:
-                constants |= kernels._row_tile(given["width"])
+                tile = layer_launch._row_tile(given["width"])
+                constants |= dict(zip(("TILE_ROWS", "WIDTH"), tile, strict=True))
             signature, values, attributes = {}, {}, {}
             for i, argument in enumerate(kernel.arg_names):
                 if argument in constants and argument != "width":

@@ -373,8 +373,7 @@ def test_fused_layers_need_a_gpu(model, tmp_path):
 
 
 def test_cuda_graphs_need_a_gpu(model, tmp_path):
-    message = "cuda_graphs needs whole weights on a GPU, got the device cpu"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="cuda_graphs needs a GPU, got the device cpu"):
         trainer(model, tmp_path, cuda_graphs=True)
 
 
