@@ -129,6 +129,8 @@ def unit(convention: BetaConvention, policy: Tensor) -> float:
 
 def check_factor(name: str, value: float, *, positive: bool = False) -> None:
     """Refuse a factor that is not a finite number, at least 0 or above it."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor: it has no gradient")
     if not 0 <= value < math.inf or (positive and value == 0):
         least = "positive" if positive else "at least 0"
         raise ValueError(f"{name} must be finite and {least}, got {value}")

@@ -568,6 +568,8 @@ def preference_margin(
         raise ValueError(f"theta must have an even batch, got {list(theta.shape)}")
     if ref is None:
         raise TypeError("ref must be a torch.Tensor, got NoneType")
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, got a tensor: it is a constant, without gradient")
     *errors, margin = _preference(theta, ref, target, differentiate_d, scale, impl)
     return PreferenceErrors(*errors), margin
 

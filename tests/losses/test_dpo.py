@@ -195,6 +195,7 @@ def test_large_logits_do_not_overflow():
         ({"beta": -1.0}, ValueError, "beta must be finite and at least 0, got -1.0"),
         ({"beta": math.nan}, ValueError, "beta must be finite and at least 0, got nan"),
         ({"beta": math.inf}, ValueError, "beta must be finite and at least 0, got inf"),
+        ({"beta": torch.tensor(BETA)}, TypeError, "beta must be a number, got a tensor"),
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
     ],
 )

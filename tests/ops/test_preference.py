@@ -224,7 +224,7 @@ def test_the_compiled_margin_has_the_same_gradient(impl, differentiate_d):
     assert torch.equal(got, expected)
 
 
-def test_a_margin_needs_pairs_and_a_reference():
+def test_a_margin_needs_pairs_a_reference_and_a_number():
     theta, ref, target = operands((3, 2), F32)
     with pytest.raises(ValueError, match=r"theta must have an even batch, got \[3, 2\]"):
         ops.preference_margin(theta, ref, target, scale=1.0)
@@ -232,3 +232,7 @@ def test_a_margin_needs_pairs_and_a_reference():
         ops.preference_margin(theta[:2], None, target[:2], scale=1.0)
     with pytest.raises(TypeError, match=r"theta must be a torch.Tensor, got NoneType"):
         ops.preference_margin(None, ref, target, scale=1.0)
+    with pytest.raises(TypeError, match="scale must be a number, got a tensor"):
+        ops.preference_margin(theta[:2], ref[:2], target[:2], scale=torch.ones(()))
+    errors, margin = ops.preference_margin(*(t[:0] for t in (theta, ref, target)), scale=1.0)
+    assert errors.d.shape == margin.shape == (0,)
