@@ -31,6 +31,7 @@ from .ops import (
     new_status,
     preference_backward,
     preference_errors,
+    preference_margin,
 )
 from .sampler import Sampler, State
 from .schedule import NoiseSchedule
@@ -92,6 +93,7 @@ __all__ = [
     "obelm",
     "preference_backward",
     "preference_errors",
+    "preference_margin",
 ]
 
 # These need diffusers, which is imported with the first one that is asked for.

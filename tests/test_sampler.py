@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1210,3 +1212,30 @@ def test_running_out_of_memory_leaves_the_callers_tensors_alone():
     assert torch.equal(z, before)
     assert start.equal(kept)
     sampler.run(start)
+
+
+@pytest.mark.parametrize(
+    ("shape", "device"), [((1, *SHAPE[1:]), "cpu"), (SHAPE, "meta")], ids=["shape", "device"]
+)
+def test_captured_graphs_take_what_they_were_captured_for(monkeypatch, shape, device):
+    """They are bound to memory: a copy into it must not be broadcast, and they stay as they are."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 2), direction="invert")
+    sampler = Sampler(lambda sample, timestep: torch.tanh(sample), program, compile=True)
+    bound = SimpleNamespace(tracks=[torch.empty(shape, dtype=torch.int32, device=device)])
+    sampler._graphs = bound
+    z = torch.randn(SHAPE)
+    before = z.clone()
+    message = rf"bound to its first batch, {re.escape(str(shape))} on {device}, got .* on cpu; make"
+    with pytest.raises(ValueError, match=message):
+        sampler.run(z)
+    assert sampler._graphs is bound and torch.equal(z, before)
+
+
+def test_a_model_on_another_device_is_refused():
+    program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 2))
+    z = torch.randn(SHAPE)
+    before = z.clone()
+    with pytest.raises(ValueError, match="m1 must be on the device of z, cpu, got meta"):
+        Sampler(lambda sample, timestep: sample.to("meta"), program).run(z)
+    assert torch.equal(z, before)

@@ -21,6 +21,7 @@ from .result import (
     PreferenceLoss,
     Reduction,
     check_factor,
+    check_outputs,
     check_samples,
     finish,
     measure,
@@ -323,6 +324,12 @@ def _logits(
     """The errors, [2P] each, and u, [P], with gradient."""
     require_reference(reference)
     check_factor("beta", beta)
-    errors = measure(policy, reference, target, impl, pairs=True, through_d=through_d)
-    winner, loser = (errors.e_theta - errors.e_ref).chunk(2)  # [P]
-    return errors, -unit(convention, policy) * beta * (winner - loser)
+    check_outputs(policy, pairs=True)
+    return ops.preference_margin(
+        policy,
+        reference,
+        target,
+        scale=-unit(convention, policy) * beta,
+        differentiate_d=through_d,
+        impl=impl,
+    )

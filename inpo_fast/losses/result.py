@@ -92,14 +92,18 @@ def measure(
     pairs: bool,
     through_d: bool = False,
 ) -> PreferenceErrors:
-    """The per-sample errors, [B] each, of outputs that have been checked; `through_d` where the
-    loss is a function of d too."""
+    """The per-sample errors, [B] each; `through_d` where the loss is a function of d too."""
+    check_outputs(policy, pairs=pairs)
+    return ops.preference_errors(policy, reference, target, differentiate_d=through_d, impl=impl)
+
+
+def check_outputs(policy: Tensor, *, pairs: bool) -> None:
+    """Refuse a batch that is empty, or odd where its halves are pairs."""
     if not isinstance(policy, Tensor):
         raise TypeError(f"policy must be a tensor, got {type(policy).__name__}")
     if policy.ndim < 1 or policy.shape[0] == 0 or (pairs and policy.shape[0] % 2):
         wanted = "[2P, …] with P ≥ 1 winners, then losers" if pairs else "[B, …] with B ≥ 1"
         raise ValueError(f"policy must be {wanted}, got {tuple(policy.shape)}")
-    return ops.preference_errors(policy, reference, target, differentiate_d=through_d, impl=impl)
 
 
 def require_reference(reference: Tensor | None) -> None:
@@ -125,6 +129,8 @@ def unit(convention: BetaConvention, policy: Tensor) -> float:
 
 def check_factor(name: str, value: float, *, positive: bool = False) -> None:
     """Refuse a factor that is not a finite number, at least 0 or above it."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor: it has no gradient")
     if not 0 <= value < math.inf or (positive and value == 0):
         least = "positive" if positive else "at least 0"
         raise ValueError(f"{name} must be finite and {least}, got {value}")

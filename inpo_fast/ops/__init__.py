@@ -24,6 +24,7 @@ from inpo_fast.ops.functional import (
     lattice_update_,
     preference_backward,
     preference_errors,
+    preference_margin,
 )
 from inpo_fast.ops.native import build_info
 from inpo_fast.ops.status import (
@@ -65,4 +66,5 @@ __all__ = [
     "new_status",
     "preference_backward",
     "preference_errors",
+    "preference_margin",
 ]

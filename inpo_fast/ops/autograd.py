@@ -52,8 +52,18 @@ class AffineFunction(torch.autograd.Function):
         return *grads, None, None, None
 
 
+def pair_margin(e_theta: Tensor, e_ref: Tensor, scale: float) -> Tensor:
+    """scale ((e_theta - e_ref)_w - (e_theta - e_ref)_l), [P], of errors [2P], winners first."""
+    winner, loser = (e_theta - e_ref).chunk(2)
+    return (winner - loser) * scale
+
+
 class PreferenceErrorsFunction(torch.autograd.Function):
-    """The preference errors, differentiable in theta."""
+    """The preference errors, and the margin of pairs if it has a scale, differentiable in theta.
+
+    One node of the graph, and few operators on [B] or [P], each of which costs a training step as
+    much host time as the reduction itself.
+    """
 
     @staticmethod
     def forward(
@@ -64,23 +74,43 @@ class PreferenceErrorsFunction(torch.autograd.Function):
         kernel: Callable[..., tuple[Tensor, Tensor, Tensor]],
         backward_kernel: Callable[..., Tensor],
         differentiate_d: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        e_theta, e_ref, d = kernel(theta, ref, target)  # [B] each
+        scale: float | None,
+    ) -> tuple[Tensor, ...]:
+        e_theta, e_ref, d = errors = kernel(theta, ref, target)  # [B] each
         ctx.save_for_backward(theta, ref if differentiate_d else None, target)
-        ctx.backward_kernel = backward_kernel
+        ctx.backward_kernel, ctx.scale = backward_kernel, scale
+        if not torch.compiler.is_compiling():  # There zeros cost nothing, and it cannot trace this.
+            ctx.set_materialize_grads(False)
         if differentiate_d:
             ctx.mark_non_differentiable(e_ref)
         else:
             ctx.mark_non_differentiable(e_ref, d)
-        return e_theta, e_ref, d
+        return errors if scale is None else (*errors, pair_margin(e_theta, e_ref, scale))
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_e_theta: Tensor, grad_e_ref: Tensor, grad_d: Tensor
+        ctx: Any,
+        grad_e_theta: Tensor | None,
+        grad_e_ref: Tensor | None,
+        grad_d: Tensor | None,
+        grad_margin: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         theta, ref, target = ctx.saved_tensors
         # The mean over n elements of a squared residual r has the gradient (2/n) r.
         factor = 2.0 * max(theta.shape[0], 1) / max(theta.numel(), 1)
-        a, b = grad_e_theta * factor, grad_d * factor  # [B]
-        return ctx.backward_kernel(theta, ref, target, a, b), None, None, None, None, None
+        a = None if grad_e_theta is None else grad_e_theta * factor  # [B]
+        if grad_margin is not None:
+            slope = ctx.scale * factor
+            pairs = grad_margin.new_empty(2 * len(grad_margin))  # [B]
+            winner, loser = pairs.chunk(2)
+            torch.mul(grad_margin, slope, out=winner)
+            torch.mul(grad_margin, -slope, out=loser)
+            a = pairs if a is None else a + pairs
+        if ref is None or grad_d is None:
+            ref, b = None, a  # b is not read
+        else:
+            b = grad_d * factor  # [B]
+            a = torch.zeros_like(b) if a is None else a
+        grad = None if a is None else ctx.backward_kernel(theta, ref, target, a, b)
+        return grad, None, None, None, None, None, None

@@ -124,11 +124,15 @@ def triton_problem() -> str:
         return f"triton does not import: {_first_line(error)}"
     if not torch.cuda.is_available():
         return "there is no CUDA GPU, or this torch is built without CUDA"
-    capability = torch.cuda.get_device_capability()
-    if capability < TRITON_CAPABILITY:
-        return _too_old("the GPU", capability)
+    # The current GPU, or another one beside it that is new enough.
+    current = torch.cuda.current_device()
+    devices = current, *(i for i in range(torch.cuda.device_count()) if i != current)
+    capabilities = {i: torch.cuda.get_device_capability(i) for i in devices}
+    able = [i for i in devices if capabilities[i] >= TRITON_CAPABILITY]
+    if not able:
+        return _too_old("the GPU", capabilities[current])
     try:
-        triton_module().probe(torch.device("cuda", torch.cuda.current_device()))
+        triton_module().probe(torch.device("cuda", able[0]))
     except Exception as error:
         problem = f"triton cannot compile or launch a kernel: {_first_line(error)}"
         warnings.warn(

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from inpo_fast.lattice import DEFAULT_FRAC_BITS
 from inpo_fast.ops import validation as check
-from inpo_fast.ops.autograd import AffineFunction, PreferenceErrorsFunction
+from inpo_fast.ops.autograd import AffineFunction, PreferenceErrorsFunction, pair_margin
 from inpo_fast.ops.choice import Impl, resolve
-from inpo_fast.ops.registration import EAGER, KERNELS
+from inpo_fast.ops.registration import EAGER, KERNELS, WRITTEN
 from inpo_fast.ops.status import STATUS_NONFINITE
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "lattice_update_",
     "preference_backward",
     "preference_errors",
+    "preference_margin",
 ]
 
 
@@ -60,36 +62,39 @@ class PreferenceErrors(NamedTuple):
     d: Tensor
 
 
-def _kernel(name: str, impl: str, device: torch.device) -> Callable[..., Any]:
-    return KERNELS[resolve(impl, device)][name]
-
-
-def _call(name: str, impl: str, arguments: tuple[Any, ...]) -> Any:
+def _call(
+    name: str,
+    impl: str,
+    arguments: tuple[Any, ...],
+    apply: Callable[[dict[str, Callable[..., Any]]], Any] | None = None,
+) -> Any:
     """Check the arguments, which are in the operator's order, choose a backend and call it.
 
     A native kernel checks its tensors before it writes, in a fraction of the time. So an eager call
     asks Python's checks only where a kernel has refused: they have the words. A wrong argument goes
     before a backend that is not there.
+
+    ``apply`` gets the kernels of the backend, by name, and calls them in place of the operator.
     """
-    if torch.compiler.is_compiling():
-        check.CHECKS[name](*arguments)
-        return _kernel(name, impl, arguments[0].device)(*arguments)
+    compiling = torch.compiler.is_compiling()
     try:
         backend = resolve(impl, arguments[0].device)
-        if backend != "native":
+        if compiling or backend != "native":
             check.CHECKS[name](*arguments)
-        return EAGER[backend][name](*arguments)
+        kernels = (KERNELS if compiling else EAGER)[backend]
+        result = kernels[name](*arguments) if apply is None else apply(kernels)
     except Exception:
         try:
             check.CHECKS[name](*arguments)
         except (TypeError, ValueError) as wrong:
             raise wrong from None
         raise
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    """Say whether gradients are asked for. The arguments need not be checked before."""
-    return torch.is_grad_enabled() and check.any_requires_grad(tensors)
+    # Kernels write past autograd, which is told here: a backward that has saved what has changed
+    # must refuse, not go on with other values. The compiler does it by itself.
+    written = WRITTEN[name]
+    if written and not compiling:
+        increment_version(arguments[:written])
+    return result
 
 
 # --- Float states -----------------------------------------------------------------------------
@@ -106,12 +111,18 @@ def _affine(
     impl: Impl,
 ) -> Tensor:
     arguments = x, y, m1, m2, coef, status
-    if not _requires_grad(x, y, m1, m2, coef):
-        result: Tensor = _call(name, impl, arguments)
+    result: Tensor
+    if not check.requires_grad(x, y, m1, m2, coef):
+        result = _call(name, impl, arguments)
         return result
     check.CHECKS[name](*arguments)
-    kernel = _kernel(name, impl, x.device)
-    result = AffineFunction.apply(x, y, m1, m2, coef, kernel, name == "affine_inverse")  # type: ignore[no-untyped-call]
+    inverse = name == "affine_inverse"
+    result = _call(
+        name,
+        impl,
+        arguments,
+        lambda kernels: AffineFunction.apply(x, y, m1, m2, coef, kernels[name], inverse),  # type: ignore[no-untyped-call]
+    )
     if status is not None:
         nonfinite = ~torch.isfinite(result.detach()).all()  # []
         status.bitwise_or_(nonfinite.to(torch.int32) * STATUS_NONFINITE)
@@ -129,7 +140,7 @@ def _affine_in_place(
     impl: Impl,
 ) -> Tensor:
     arguments = x, y, m1, m2, coef, status
-    if _requires_grad(x, y, m1, m2, coef):
+    if check.requires_grad(x, y, m1, m2, coef):
         check.CHECKS[name](*arguments)
         check.check_no_grad(f"{name} has no gradient, {name[:-1]} has", x=x, y=y, m1=m1, m2=m2)
     _call(name, impl, arguments)
@@ -232,7 +243,7 @@ def _lattice(
     arguments: tuple[Any, ...],
 ) -> Any:
     # The dispatcher would take True for 1.
-    if type(frac_bits) is not int or _requires_grad(m1, m2, coef):
+    if type(frac_bits) is not int or check.requires_grad(m1, m2, coef):
         check.CHECKS[name](*arguments)
         check.check_no_grad(_LATTICE_GRAD, m1=m1, m2=m2)
     return _call(name, impl, arguments)
@@ -451,7 +462,7 @@ def lattice_encode(
             that requires grad, or a backend that is not there.
     """
     name, arguments = "lattice_encode", (x, scale, frac_bits, status)
-    if type(frac_bits) is not int or _requires_grad(x, scale):
+    if type(frac_bits) is not int or check.requires_grad(x, scale):
         check.CHECKS[name](*arguments)
         check.check_no_grad(_LATTICE_GRAD, x=x, scale=scale)
     result: Tensor = _call(name, impl, arguments)
@@ -487,7 +498,7 @@ def lattice_decode(
     name, arguments = "lattice_decode", (z, scale, frac_bits, copies, dtype)
     # The dispatcher would take True for 1, and the number of a dtype for it.
     usual = type(frac_bits) is type(copies) is int and type(dtype) is torch.dtype
-    if not usual or _requires_grad(scale):
+    if not usual or check.requires_grad(scale):
         check.CHECKS[name](*arguments)
         check.check_no_grad(_LATTICE_GRAD, scale=scale)
     result: Tensor = _call(name, impl, arguments)
@@ -527,17 +538,67 @@ def preference_errors(
         TypeError, ValueError: wrong dtype, shape, device or layout, ref or target that requires
             grad, or a backend that is not there.
     """
+    results = _preference(theta, ref, target, differentiate_d, None, impl)
+    return PreferenceErrors(*results)
+
+
+def preference_margin(
+    theta: Tensor,
+    ref: Tensor,
+    target: Tensor,
+    *,
+    scale: float,
+    differentiate_d: bool = True,
+    impl: Impl = "auto",
+) -> tuple[PreferenceErrors, Tensor]:
+    """Return the errors and scale*((e_theta - e_ref)_w - (e_theta - e_ref)_l), one for each pair.
+
+    Args:
+        theta: as in ``preference_errors``, [2P, ...], the P winners first, then their losers.
+        ref, target, differentiate_d, impl: as in ``preference_errors``.
+        scale: a constant, such as -beta/2.
+
+    Returns:
+        The errors, [2P] each, and the margin, [P], in their dtype. Differentiable in theta.
+
+    Raises:
+        TypeError, ValueError: as in ``preference_errors``, or an odd batch.
+    """
+    if isinstance(theta, Tensor) and theta.dim() > 0 and theta.shape[0] % 2:
+        raise ValueError(f"theta must have an even batch, got {list(theta.shape)}")
+    if ref is None:
+        raise TypeError("ref must be a torch.Tensor, got NoneType")
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, got a tensor: it is a constant, without gradient")
+    *errors, margin = _preference(theta, ref, target, differentiate_d, scale, impl)
+    return PreferenceErrors(*errors), margin
+
+
+def _preference(
+    theta: Tensor,
+    ref: Tensor | None,
+    target: Tensor,
+    differentiate_d: bool,
+    scale: float | None,
+    impl: Impl,
+) -> tuple[Tensor, ...]:
+    """Return the errors, [B] each, and where there is a scale the margin, [B/2]."""
     name, arguments = "preference_errors", (theta, ref, target)
-    if not _requires_grad(theta, ref, target):
-        return PreferenceErrors(*_call(name, impl, arguments))
-    check.CHECKS[name](*arguments)
-    check.check_no_grad("preference errors differentiate theta only", ref=ref, target=target)
-    kernel = _kernel(name, impl, theta.device)
-    backward_kernel = _kernel("preference_backward", impl, theta.device)
-    errors = PreferenceErrorsFunction.apply(  # type: ignore[no-untyped-call]
-        theta, ref, target, kernel, backward_kernel, differentiate_d
+    if not check.requires_grad(*arguments):
+        errors: tuple[Tensor, ...] = _call(name, impl, arguments)
+        return errors if scale is None else (*errors, pair_margin(errors[0], errors[1], scale))
+    if check.requires_grad(ref, target):
+        check.CHECKS[name](*arguments)
+        check.check_no_grad("preference errors differentiate theta only", ref=ref, target=target)
+    results: tuple[Tensor, ...] = _call(
+        name,
+        impl,
+        arguments,
+        lambda kernels: PreferenceErrorsFunction.apply(  # type: ignore[no-untyped-call]
+            *arguments, kernels[name], kernels["preference_backward"], differentiate_d, scale
+        ),
     )
-    return PreferenceErrors(*errors)
+    return results
 
 
 def preference_backward(
@@ -564,7 +625,7 @@ def preference_backward(
             grad, or a backend that is not there.
     """
     name, arguments = "preference_backward", (theta, ref, target, a, b)
-    if _requires_grad(theta, ref, target, a, b):
+    if check.requires_grad(theta, ref, target, a, b):
         check.CHECKS[name](*arguments)
         check.check_no_grad(
             "preference_backward has no gradient", theta=theta, ref=ref, target=target, a=a, b=b

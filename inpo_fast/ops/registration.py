@@ -6,7 +6,8 @@ the same names; those take precedence wherever they exist, in whichever order th
 Where it has none for CUDA, Triton serves CUDA tensors if it can. It is imported with the first of
 them, and has its operators also by name, as ``torch.ops.inpo_fast_triton``.
 
-The operators have no autograd kernel: gradients are defined by the functions of ``inpo_fast.ops``.
+The operators have no autograd kernel: gradients are defined by the functions of ``inpo_fast.ops``,
+which also tell autograd that an operator in place has written.
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ SCHEMAS: dict[str, str] = {
         "(Tensor theta, Tensor? ref, Tensor target, Tensor a, Tensor b) -> Tensor"
     ),
 }
+
+WRITTEN: dict[str, int] = {
+    name: 0 if not name.endswith("_") else 2 if "scaled" in name else 1 for name in SCHEMAS
+}
+"""How many of its first arguments an operator writes into."""
 
 REFERENCE: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in SCHEMAS}
 

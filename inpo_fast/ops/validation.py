@@ -7,7 +7,7 @@ native kernels refuse is the same (``csrc``), in fewer words and in a fraction o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -177,7 +177,7 @@ def check_frac_bits(frac_bits: int) -> None:
 
 def check_no_grad(reason: str, **tensors: Tensor | None) -> None:
     """Refuse tensors that require grad where no gradient is defined, rather than drop it."""
-    if torch.is_grad_enabled() and any_requires_grad(tensors.values()):
+    if requires_grad(*tensors.values()):
         names = [name for name, t in tensors.items() if t is not None and t.requires_grad]
         raise ValueError(
             f"{', '.join(names)} must not require grad: {reason}; detach, or run under"
@@ -185,11 +185,12 @@ def check_no_grad(reason: str, **tensors: Tensor | None) -> None:
         )
 
 
-def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
-    """Say whether a tensor among the arguments requires grad; they need not be checked before."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            return True
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """Say whether gradients are asked for. The arguments need not be checked before."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return True
     return False
 
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from inpo_fast import dpo_loss
+from inpo_fast import dpo_loss, ops
 
 SHAPE = (4, 5, 3)
 BETA = 20.0
@@ -194,6 +195,7 @@ def test_large_logits_do_not_overflow():
         ({"beta": -1.0}, ValueError, "beta must be finite and at least 0, got -1.0"),
         ({"beta": math.nan}, ValueError, "beta must be finite and at least 0, got nan"),
         ({"beta": math.inf}, ValueError, "beta must be finite and at least 0, got inf"),
+        ({"beta": torch.tensor(BETA)}, TypeError, "beta must be a number, got a tensor"),
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
     ],
 )
@@ -202,3 +204,31 @@ def test_wrong_arguments(change, error, message):
     arguments = {"policy": policy, "reference": reference, "target": target, "beta": BETA}
     with pytest.raises(error, match=message):
         dpo_loss(**{**arguments, **change})
+
+
+def test_few_operators_beside_the_reduction():
+    """What an eager training step pays for the loss is their number, on any GPU."""
+
+    class Counted(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            views = "detach", "split", "expand", "new_empty"
+            if func.overloadpacket.__name__ not in views:
+                self.names.append(func.overloadpacket.__name__)
+            return result
+
+    available, reason = ops.backends()["native"]
+    if not available:
+        pytest.skip(reason)
+    policy, reference, target = batch(4)
+    policy.requires_grad_()
+    with Counted() as counted:
+        loss = dpo_loss(policy, reference, target, beta=BETA, impl="native").loss
+        torch.autograd.grad(loss, policy)
+    forward = ["preference_errors", "sub", "sub", "mul", "neg", "softplus", "mean"]
+    backward = ["ones_like", "div", "softplus_backward", "neg", "mul", "mul", "preference_backward"]
+    assert counted.names == forward + backward

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from inpo_fast import ops
 from inpo_fast.ops.registration import KERNELS
-from tests.ops import cases, equality, programs, test_preference, test_semantics
+from tests.ops import cases, equality, programs, test_autograd, test_preference, test_semantics
 from tests.ops.equality import BF16, F16, F32, F64
 
 # The interpreter computes with numpy, which warns where a test means to overflow.
@@ -68,10 +68,12 @@ test_scale_at_the_edges = test_semantics.test_scale_at_the_edges
 test_rounding_is_half_to_even = test_semantics.test_rounding_is_half_to_even
 test_encode_flags = test_semantics.test_encode_flags
 test_decode_rounds = test_semantics.test_decode_rounds_to_float32_before_the_model_dtype
+test_a_backward_refuses = test_autograd.test_a_backward_refuses_what_an_operator_has_changed
 test_errors_against_float64 = test_preference.test_errors_against_float64
 test_without_a_reference = test_preference.test_without_a_reference_its_errors_are_zero
 test_empty_samples_have_no_mean = test_preference.test_empty_samples_have_no_mean
 test_nan_stays_in_its_sample = test_preference.test_nan_stays_in_its_sample
+test_the_margin = test_preference.test_the_margin_is_that_of_the_errors
 test_errors_of_a_sample = test_preference.test_errors_of_a_sample_do_not_depend_on_its_batch
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from inpo_fast import ops
 from tests.ops import cases
@@ -106,3 +107,62 @@ def test_preference_differentiates_theta_only(impl, key):
     made["theta"] = torch.zeros(2, 3, requires_grad=True)
     with pytest.raises(ValueError, match=f"theta, {key} must not require grad"):
         ops.preference_backward(**made, a=torch.ones(2), b=torch.ones(2), impl=impl)
+
+
+def saved_for_backward(name):
+    """Arguments of an operator in place, and a loss that saved it for each tensor it changes."""
+    made = arguments(name)
+    made["y"] = made["y"].clone()
+    changed = [made[key] for key in ("x", "z", "buffer") if key in made]
+    weight = torch.ones(1, 1, requires_grad=True)
+    losses = [
+        (weight * t).sum() if t.is_floating_point() else F.embedding(t, weight).sum()
+        for t in changed
+    ]
+    return made, losses
+
+
+IN_PLACE = [
+    f"{kind}_{direction}_"
+    for kind in ("affine", "lattice", "lattice_scaled")
+    for direction in ("update", "inverse")
+]
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_backward_refuses_what_an_operator_has_changed(impl, name):
+    made, losses = saved_for_backward(name)
+    unchanged = (torch.ones((), requires_grad=True) * made["m1"]).sum()
+    with torch.no_grad():
+        getattr(ops, name)(**made, impl=impl)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    unchanged.backward()
+
+
+@pytest.mark.parametrize("name", IN_PLACE[::2])
+def test_so_it_does_where_the_operator_is_compiled(impl, name):
+    torch.use_deterministic_algorithms(False)
+    torch.compiler.reset()
+    made, losses = saved_for_backward(name)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(made):
+        getattr(ops, name)(**made, impl=impl)
+
+    with torch.no_grad():
+        step(made)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_refused_call_has_changed_nothing(impl):
+    x = torch.ones(2, 3)
+    weight = torch.ones((), requires_grad=True)
+    loss = (weight * x).sum()
+    with pytest.raises(ValueError, match="y must have the shape of x"):
+        ops.affine_update_(x, x[:1], torch.ones(4), impl=impl)
+    loss.backward()
+    assert weight.grad == 6

@@ -31,10 +31,11 @@ class FakeTriton:
     VERSION, INTERPRETED = "9.9", False
 
     def __init__(self, error=None):
-        self.error, self.probes = error, 0
+        self.error, self.probes, self.probed = error, 0, None
 
     def probe(self, device):
         self.probes += 1
+        self.probed = device
         if self.error is not None:
             raise self.error
 
@@ -50,6 +51,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(native, "ARCHITECTURES", architectures)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
         monkeypatch.setattr(choice, "triton_module", lambda: triton)
@@ -131,18 +133,23 @@ def test_an_old_gpu(machine):
     assert refusal("triton", GPU) == ("it needs compute capability 8.0 or higher, the GPU has 7.5")
 
 
-def test_an_old_gpu_beside_a_new_one(machine, monkeypatch):
-    machine((9, 0))
-    capabilities = {0: (9, 0), 1: (7, 0), None: (9, 0)}
+@pytest.mark.parametrize("new", [0, 1])
+def test_an_old_gpu_beside_a_new_one(machine, monkeypatch, new):
+    """Whichever of them is the current device, the first one."""
+    triton = machine()
+    capabilities = {new: (9, 0), 1 - new: (7, 0)}
+    capabilities[None] = capabilities[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
     def capability(device=None):
         return capabilities[getattr(device, "index", device)]
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    assert choice.resolve("auto", GPU) == "triton"
-    old = torch.device("cuda", 1)
+    able, old = torch.device("cuda", new), torch.device("cuda", 1 - new)
+    assert choice.resolve("auto", able) == "triton" == choice.resolve("triton", able)
+    assert triton.probed == able and ops.backends()["triton"].available
     assert choice.resolve("auto", old) == "reference"
-    assert refusal("triton", old).endswith("cuda:1 has 7.0")
+    assert refusal("triton", old).endswith(f"{old} has 7.0")
 
 
 def test_no_gpu(machine):

@@ -166,3 +166,73 @@ def test_an_unused_error_contributes_nothing(impl):
     ops.preference_errors(theta, ref, target, impl=impl).d.sum().backward()
     expected = 2 / 48 * (theta.detach() - ref)
     torch.testing.assert_close(theta.grad, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_the_margin_is_that_of_the_errors(impl, dtype):
+    """To the bit, with and without gradient: one order of operations in one dtype."""
+    theta, ref, target = operands((6, 4, 5), dtype)
+    for t in (theta, theta.clone().requires_grad_()):
+        errors, margin = ops.preference_margin(t, ref, target, scale=-1000.0, impl=impl)
+        plain = ops.preference_errors(theta, ref, target, impl=impl)
+        assert cases.identical(tuple(e.detach() for e in errors), tuple(plain))
+        winner, loser = (plain.e_theta - plain.e_ref).chunk(2)
+        assert torch.equal(margin.detach(), (winner - loser) * -1000.0)
+        assert margin.requires_grad == errors.e_theta.requires_grad == t.requires_grad
+    _, margin = ops.preference_margin(ref, ref, target, scale=-1000.0, impl=impl)
+    assert (margin == 0).all()
+
+
+@pytest.mark.parametrize("differentiate_d", [True, False])
+def test_gradcheck_of_the_margin(impl, differentiate_d):
+    """Alone, where no other gradient comes in, and beside the gradients of the errors."""
+    theta, ref, target = operands((4, 3, 2), F64)
+    theta.requires_grad_()
+
+    def alone(t):
+        return ops.preference_margin(
+            t, ref, target, scale=-3.0, differentiate_d=differentiate_d, impl=impl
+        )[1].tanh()
+
+    def beside(t):
+        errors, margin = ops.preference_margin(
+            t, ref, target, scale=-3.0, differentiate_d=differentiate_d, impl=impl
+        )
+        differentiable = (errors.e_theta, errors.d)[: 1 + differentiate_d]
+        return *(e.sin() for e in differentiable), margin.tanh() + errors.e_theta[:2]
+
+    assert torch.autograd.gradcheck(alone, (theta,))
+    assert torch.autograd.gradcheck(beside, (theta,))
+
+
+@pytest.mark.parametrize("differentiate_d", [True, False])
+def test_the_compiled_margin_has_the_same_gradient(impl, differentiate_d):
+    torch.use_deterministic_algorithms(False)
+    torch.compiler.reset()
+    theta, ref, target = operands((4, 3, 2), F32)
+    theta.requires_grad_()
+
+    def loss(t):
+        errors, margin = ops.preference_margin(
+            t, ref, target, scale=-3.0, differentiate_d=differentiate_d, impl=impl
+        )
+        return margin.sum() + (errors.d.sum() if differentiate_d else 0)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(loss(theta), theta)
+    (got,) = torch.autograd.grad(compiled(theta), theta)
+    assert torch.equal(got, expected)
+
+
+def test_a_margin_needs_pairs_a_reference_and_a_number():
+    theta, ref, target = operands((3, 2), F32)
+    with pytest.raises(ValueError, match=r"theta must have an even batch, got \[3, 2\]"):
+        ops.preference_margin(theta, ref, target, scale=1.0)
+    with pytest.raises(TypeError, match=r"ref must be a torch.Tensor, got NoneType"):
+        ops.preference_margin(theta[:2], None, target[:2], scale=1.0)
+    with pytest.raises(TypeError, match=r"theta must be a torch.Tensor, got NoneType"):
+        ops.preference_margin(None, ref, target, scale=1.0)
+    with pytest.raises(TypeError, match="scale must be a number, got a tensor"):
+        ops.preference_margin(theta[:2], ref[:2], target[:2], scale=torch.ones(()))
+    errors, margin = ops.preference_margin(*(t[:0] for t in (theta, ref, target)), scale=1.0)
+    assert errors.d.shape == margin.shape == (0,)
