@@ -39,6 +39,9 @@ def test_every_form_of_image(pipe):
         array.astype(np.float32) / 255,
         [pil(image.float() / 255) for image in bytes_],
         list(array),
+        np.frombuffer(array.tobytes(), np.uint8).reshape(array.shape),  # read-only
+        (array.astype(np.float64) / 255).astype(">f8"),
+        array[:, ::-1][:, ::-1],
         list(bytes_),
         (bytes_[:1], bytes_[1:]),
     ]
@@ -141,7 +144,7 @@ def test_negative_prompts(pipe):
     torch.testing.assert_close(mixed[1], plain[1])
 
 
-def test_an_edit_keeps_guidance_and_negative_prompt(pipe):
+def test_an_edit_keeps_guidance_and_negative_prompt(pipe, pipe_of):
     inversion = inverted(pipe, guidance_scale=4.0, negative_prompt="bad")
     kept = inversion.edit("a dog", output_type="latent").images
     again = inversion.edit(
@@ -150,6 +153,18 @@ def test_an_edit_keeps_guidance_and_negative_prompt(pipe):
     assert torch.equal(kept, again)
     none = inversion.edit("a dog", negative_prompt="", output_type="latent").images
     assert not torch.equal(kept, none)
+    # also where the edit changes something else that is negative
+    xl = inverted(pipe_of("sdxl"), guidance_scale=4.0, negative_prompt="bad")
+    sizes = {"negative_original_size": (16, 16), "negative_target_size": (8, 8)}
+    kept = xl.edit("a dog", output_type="latent", **sizes).images
+    again = xl.edit("a dog", negative_prompt="bad", output_type="latent", **sizes).images
+    assert torch.equal(kept, again)
+    assert not torch.equal(kept, xl.edit("a dog", output_type="latent").images)
+    second = xl.edit("a dog", negative_prompt_2="worse", output_type="latent").images
+    both = xl.edit(
+        "a dog", negative_prompt="bad", negative_prompt_2="worse", output_type="latent"
+    ).images
+    assert torch.equal(second, both)
     # also from an inversion that had no use for it
     unguided = inverted(pipe, guidance_scale=1.0, negative_prompt="bad")
     kept = unguided.edit("a dog", guidance_scale=4.0, output_type="latent").images
@@ -321,6 +336,24 @@ def test_a_callback_may_not_replace_what_it_reads(pipe):
 
     with pytest.raises(ValueError, match=r"callback_on_step_end must not replace \['latents'\]"):
         inverted(pipe, callback_on_step_end=callback)
+
+    def scribble(pipe, index, timestep, tensors):
+        for tensor in tensors.values():
+            tensor.zero_()
+        return tensors
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    for state in ("lattice", "float32"):
+        scribbled = inverted(
+            pipe,
+            state=state,
+            callback_on_step_end=scribble,
+            callback_on_step_end_tensor_inputs=names,
+        )
+        plain = inverted(pipe, state=state)
+        assert scribbled.state.equal(plain.state)
+        told = plain.conditioning.tensors
+        assert all(torch.equal(v, told[k]) for k, v in scribbled.conditioning.tensors.items())
 
 
 @pytest.mark.parametrize("solver", ["bdia", "edict", "obelm", "ddim"])
