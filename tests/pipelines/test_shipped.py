@@ -92,6 +92,9 @@ def test_commands(scene, picture, tmp_path, capsys):
     assert Image.open(output).size == (64, 64)
 
     before = output.read_bytes()
+    assert cli.main(["edit", str(written), *arguments, "--overwrite", "--set", "clip_skip=9"]) == 1
+    assert "clip_skip must be within 0 … " in capsys.readouterr().err
+
     arguments += ["--guidance", "1"]
     assert cli.main(["edit", str(written), *arguments]) == 1
     assert f"{output} exists" in capsys.readouterr().err and output.read_bytes() == before
@@ -127,6 +130,7 @@ def test_errors_name_the_flag_that_was_typed(arguments, message, picture, tmp_pa
     [
         (["edit", "nothing.safetensors", "--prompt", "a"], "inpo-fast edit: no file at"),
         (["edit", "x", "--prompt", "a", "--output", "no/where.png"], "no folder no to write"),
+        (["edit", "x", "--prompt", "a", "--set", "p"], "--set must be NAME=VALUE, got 'p'"),
         (["invert", "x.png", "--set", "gamma"], "--set must be NAME=VALUE, got 'gamma'"),
         (["invert", "x.png"], "inpo-fast invert: "),
     ],
