@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..naming import naming
 from ..sampler import State
 from ..schedule import NoiseSchedule, spaced_timesteps
 from ..solvers import Direction, Program
@@ -186,7 +187,8 @@ class ReversibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         if num_inference_steps is not None:
             spacing, offset = self.config.timestep_spacing, self.config.steps_offset
-            grid = spaced_timesteps(length, num_inference_steps, spacing, offset).tolist()
+            with naming({"num_steps": "num_inference_steps"}):
+                grid = spaced_timesteps(length, num_inference_steps, spacing, offset).tolist()
         else:
             assert timesteps is not None
             grid = _falling(timesteps, length)[::-1]
