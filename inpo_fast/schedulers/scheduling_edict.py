@@ -19,13 +19,8 @@ from ..schedule import NoiseSchedule
 from ..solvers import Program, edict
 from .run import Plan
 from .scheduling_inverse import InverseScheduler
-from .scheduling_reversible import (
-    Betas,
-    BetaSchedule,
-    PredictionType,
-    ReversibleScheduler,
-    TimestepSpacing,
-)
+from .scheduling_reversible import ReversibleScheduler
+from .scheduling_table import Betas, BetaSchedule, PredictionType, TimestepSpacing
 
 
 class EDICTScheduler(ReversibleScheduler):

@@ -294,7 +294,7 @@ def test_refused_grids(cls):
     ):
         with pytest.raises(ValueError, match=message):
             scheduler.set_timesteps(**arguments)
-    with pytest.raises(TypeError, match="^num_inference_steps must be an integer, got float"):
+    with pytest.raises(TypeError, match=r"^num_inference_steps must be an integer, got float"):
         scheduler.set_timesteps(5.0)
     assert scheduler.num_inference_steps is None
     with pytest.raises(ValueError, match="trained_betas must have num_train_timesteps"):
