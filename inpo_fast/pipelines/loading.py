@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def load(arguments: argparse.Namespace) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
+    # a saved pipeline may have one of these; diffusers loads only what has been imported
+    import_module("inpo_fast.schedulers")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     device = available_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 
 import inpo_fast
 from inpo_fast import cli, invert, shipped
+from inpo_fast.evaluation.models import load_pipeline
+from inpo_fast.pipelines import loading
 
 STEPS = 20
 
@@ -103,6 +106,24 @@ def test_commands(scene, picture, tmp_path, capsys):
 
     assert cli.main(["edit", str(written), *arguments, "--overwrite", "--dtype", "bfloat16"]) == 1
     assert "in float32, which the pipeline has in bfloat16" in capsys.readouterr().err
+
+
+def test_commands_load_pipelines_that_were_saved_with_a_scheduler_of_this_package(
+    tmp_path, monkeypatch
+):
+    pipe = shipped.load_pipeline()
+    pipe.scheduler = inpo_fast.BDIAScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path)
+    for load in (
+        lambda: loading.load(Namespace(model=str(tmp_path), device="cpu", dtype="float32")),
+        lambda: load_pipeline(str(tmp_path), None, dtype=torch.float32, device="cpu"),
+    ):
+        # as in a process that has not used them; what is imported here goes with the rest
+        monkeypatch.setattr(inpo_fast, "schedulers", inpo_fast.schedulers)
+        for name in [n for n in sys.modules if n.startswith("inpo_fast.schedulers")]:
+            monkeypatch.delitem(sys.modules, name)
+        assert type(load().scheduler).__name__ == "BDIAScheduler"
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
