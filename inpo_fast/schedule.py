@@ -26,6 +26,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -305,7 +306,8 @@ class NoiseSchedule:
         Raises:
             ValueError: not in (0, 1].
         """
-        if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        real = isinstance(strength, Real) and not isinstance(strength, bool)
+        if not real or not 0 < strength <= 1:
             raise ValueError(f"strength must be in (0, 1], got {strength!r}")
         return self.cleanest(max(1, round(self.num_steps * strength)))
 

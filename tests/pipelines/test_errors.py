@@ -99,6 +99,7 @@ def test_images(guarded, image, error, match):
         ({"num_inference_steps": 10, "strength": 0.1}, ValueError, "at least 2 steps"),
         ({"strength": 0}, ValueError, r"strength must be in \(0, 1\]"),
         ({"strength": 1.5}, ValueError, r"strength must be in \(0, 1\]"),
+        ({"strength": True}, ValueError, r"strength must be in \(0, 1\], got True"),
         ({"timesteps": [900, 10]}, ValueError, "left out or the 2 of the explicit grid"),
         (
             {"num_inference_steps": None, "timesteps": [10, 900]},

@@ -210,7 +210,7 @@ def test_guidance_per_image(pipe):
     assert torch.isfinite(edited).all()
 
 
-def test_numbers_of_numpy_and_torch(pipe, tmp_path):
+def test_numbers_of_numpy_and_torch(pipe, pipe_of, tmp_path):
     """Taken as the numbers that they are, and written to files."""
     plain = inverted(pipe, num_inference_steps=None, timesteps=[900, 500, 20], guidance_scale=2.5)
     other = inverted(
@@ -218,11 +218,21 @@ def test_numbers_of_numpy_and_torch(pipe, tmp_path):
         num_inference_steps=None,
         timesteps=torch.tensor([900, 500, 20]),
         guidance_scale=np.float32(2.5),
+        strength=np.float32(1.0),
+        gamma=np.float64(1.0),
+        clip_skip=None,
     )
     assert other.state.equal(plain.state)
     other.save(tmp_path / "numbers")
-    loaded = other.load(tmp_path / "numbers", pipe, timesteps=[900, 500, 20], guidance_scale=2.5)
+    for timesteps in ([900, 500, 20], torch.tensor([900, 500, 20]), np.array([900, 500, 20])):
+        expected = {"timesteps": timesteps, "guidance_scale": np.float32(2.5), "strength": 1}
+        loaded = other.load(tmp_path / "numbers", pipe, **expected)
     assert loaded.reconstruct().bits_equal
+    with pytest.raises(ValueError, match="was made with timesteps"):
+        other.load(tmp_path / "numbers", pipe, timesteps=torch.tensor([900, 500, 21]))
+    xl = inverted(pipe_of("sdxl"), original_size=(np.int64(16), np.int32(16)))
+    xl.save(tmp_path / "size")
+    assert xl.load(tmp_path / "size", xl.adapter.pipe).request.options["original_size"] == [16, 16]
 
 
 @pytest.mark.parametrize("scheduler", [BDIAScheduler, EDICTScheduler])
