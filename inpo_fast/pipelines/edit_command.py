@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..writable import add_overwrite_argument
 from .inversion import Inversion
@@ -38,6 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _edit(arguments: argparse.Namespace) -> None:
     output = writable_picture(arguments.output, overwrite=arguments.overwrite)
     options = settings(arguments)
+    if not Path(arguments.inversion).is_file():
+        # before a large model is loaded
+        raise FileNotFoundError(f"no file at {arguments.inversion}")
     inversion = Inversion.load(arguments.inversion, load(arguments))
     edited = inversion.edit(
         arguments.prompt,

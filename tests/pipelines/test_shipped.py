@@ -14,7 +14,7 @@ from PIL import Image
 import inpo_fast
 from inpo_fast import cli, invert, shipped
 from inpo_fast.evaluation.models import load_pipeline
-from inpo_fast.pipelines import loading
+from inpo_fast.pipelines import edit_command, invert_command, loading
 
 STEPS = 20
 
@@ -158,6 +158,12 @@ def test_errors_name_the_flag_that_was_typed(arguments, message, picture, tmp_pa
 )
 def test_what_the_user_can_mend_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+    def loaded(_):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(edit_command, "load", loaded)
+    monkeypatch.setattr(invert_command, "load", loaded)
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
