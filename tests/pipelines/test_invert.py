@@ -165,7 +165,12 @@ def test_an_edit_keeps_guidance_and_negative_prompt(pipe, pipe_of):
         "a dog", negative_prompt="bad", negative_prompt_2="worse", output_type="latent"
     ).images
     assert torch.equal(second, both)
-    # also from an inversion that had no use for it
+    # also from an inversion that had no use for it, and from embeddings
+    negative = pipe.encode_prompt("bad", "cpu", 1, False)[0]
+    options = {"guidance_scale": 4.0, "output_type": "latent"}
+    embedded = inverted(pipe, guidance_scale=1.0, negative_prompt_embeds=negative)
+    kept = embedded.edit("a dog", **options).images
+    assert torch.equal(kept, embedded.edit("a dog", negative_prompt="bad", **options).images)
     unguided = inverted(pipe, guidance_scale=1.0, negative_prompt="bad")
     kept = unguided.edit("a dog", guidance_scale=4.0, output_type="latent").images
     none = unguided.edit(
