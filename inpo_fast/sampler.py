@@ -45,7 +45,8 @@ class Sampler:
     captured.
 
     Threads may share a sampler. A compiled one, whose graphs have one memory, runs for one of them
-    at a time while the others wait; its callback and its model cannot run it.
+    at a time while the others wait; its callback and its model cannot run it, nor wait for a thread
+    that does.
 
     Args:
         model: see `Model`; the output has the shape of its input and a floating dtype (up to

@@ -26,6 +26,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -305,7 +306,8 @@ class NoiseSchedule:
         Raises:
             ValueError: not in (0, 1].
         """
-        if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        real = isinstance(strength, Real) and not isinstance(strength, bool)
+        if not real or not 0 < strength <= 1:
             raise ValueError(f"strength must be in (0, 1], got {strength!r}")
         return self.cleanest(max(1, round(self.num_steps * strength)))
 
@@ -397,12 +399,17 @@ class NoiseSchedule:
         ):
             if getattr(config, option, False):
                 raise ValueError(f"scheduler must have {option}=False: {reason}")
+        if getattr(scheduler, "order", 1) != 1:
+            raise ValueError(
+                f"scheduler must have one sigma a step, got {type(scheduler).__name__}; make one "
+                "with FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)"
+            )
         options: dict[str, Any] = {} if mu is None else {"mu": mu}
         if sigmas is None:
             _require_steps(num_steps)
             options["num_inference_steps"] = num_steps
         else:
-            options["sigmas"] = list(sigmas)
+            options["sigmas"] = _explicit_sigmas(sigmas)
         scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(device="cpu", **options)
         grid = scheduler.sigmas.double().numpy()[::-1]
@@ -505,6 +512,11 @@ class NoiseSchedule:
                 "DDIMScheduler.from_config(scheduler.config, prediction_type=...), or for "
                 "rectified flow with FlowMatchEulerDiscreteScheduler"
             )
+        if getattr(config, "use_flow_sigmas", False):
+            raise ValueError(
+                "scheduler must have use_flow_sigmas=False: they are not those of its "
+                "alphas_cumprod; for rectified flow use FlowMatchEulerDiscreteScheduler"
+            )
         table = scheduler.alphas_cumprod.double().cpu().numpy()
         final = getattr(scheduler, "final_alpha_cumprod", None)
         return cls.from_alphas_cumprod(
@@ -560,14 +572,26 @@ def spaced_timesteps(
 
 def _explicit_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> NDArray[np.int64]:
     given = np.asarray(timesteps)
+    if given.ndim != 1 or not len(given) or given.dtype.kind not in "iuf":
+        raise ValueError(f"timesteps must be a non-empty list of integers, got {timesteps!r}")
     grid = given[::-1].astype(np.int64)
-    if given.ndim != 1 or not len(given) or (grid != given[::-1]).any():
+    if (grid != given[::-1]).any():
         raise ValueError(f"timesteps must be a non-empty list of integers, got {timesteps!r}")
     if (np.diff(grid) <= 0).any() or grid[0] < 0 or grid[-1] >= num_train_timesteps:
         raise ValueError(
             f"timesteps must fall strictly within 0 … {num_train_timesteps - 1}, got {timesteps!r}"
         )
     return grid
+
+
+def _explicit_sigmas(sigmas: Sequence[float]) -> list[float]:
+    given = np.asarray(sigmas)
+    if given.ndim != 1 or not len(given) or given.dtype.kind not in "iuf":
+        raise ValueError(f"sigmas must be a non-empty list of numbers, got {sigmas!r}")
+    # also false of NaN
+    if not ((given >= 0) & (given <= 1)).all() or not (np.diff(given) < 0).all():
+        raise ValueError(f"sigmas must fall strictly within [0, 1], got {sigmas!r}")
+    return [float(sigma) for sigma in given]
 
 
 def _require_steps(num_steps: Any) -> None:

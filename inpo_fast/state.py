@@ -198,10 +198,16 @@ class State:
 def write_safetensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], fields: dict[str, str]
 ) -> None:
-    """Write tensors and text under a temporary name, then rename: all of the file or nothing."""
+    """Write tensors and text under a temporary name, then rename: all of the file or nothing.
+
+    Raises:
+        FileNotFoundError: no folder to write to.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         contiguous = {name: t.contiguous() for name, t in tensors.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..environment import available_device, machine, versions
 from ..naming import naming
 from ..training.files import write_json
+from ..writable import add_overwrite_argument, writable, writable_folder
 from .compare import Settings, as_json, compare
 from .models import fingerprint, load_pipeline
 from .scorers import SCORERS, ScorerError, make_scorer
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s"
     )
+    add_overwrite_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,8 +98,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     # before anything is drawn: a missing package or folder should not cost an hour
     available_device(arguments.device)
-    if arguments.json.is_dir() or not arguments.json.parent.is_dir():
-        raise ValueError(f"--json must be a file in a folder that exists, got {arguments.json}")
+    writable(arguments.json, overwrite=arguments.overwrite)
+    if arguments.images is not None:
+        writable_folder(arguments.images, overwrite=arguments.overwrite)
     scorers = {name: make_scorer(name, arguments.device) for name in arguments.scorer}
     results = {"candidate": arguments.candidate, "baseline": arguments.baseline}
     hashes = {name: fingerprint(base, result) for name, result in results.items()}

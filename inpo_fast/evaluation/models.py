@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline
 
+    # a saved pipeline may have one of these; diffusers loads only what has been imported
+    import_module("inpo_fast.schedulers")
     options: dict[str, Any] = {"dtype": dtype}
     where = Path(result) if result is not None else None
     if where is not None and (where / "model_index.json").is_file():

@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..sampler import Model
 from ..schedule import NoiseSchedule
+from .settings import require_integer
 
 Size = tuple[int, int]
 """(H, W) of the images, in pixels."""
@@ -72,11 +73,16 @@ class Request:
     @property
     def has_negative(self) -> bool:
         """Whether the caller gave a negative prompt or its embeddings."""
-        return self.negative_prompt is not None or "negative_prompt_embeds" in self.options
+        return self.negative_prompt is not None or gives_negative(self.options)
 
     def per_image(self, value: Any) -> Any:
         """A text option as a list of B."""
         return [value] * self.batch if isinstance(value, str) else value
+
+
+def gives_negative(options: Mapping[str, Any]) -> bool:
+    """Whether there is a negative prompt, in words or embeddings, among a family's options."""
+    return any(name.startswith(("negative_prompt", "negative_pooled")) for name in options)
 
 
 class Adapter(ABC):
@@ -164,6 +170,21 @@ class Adapter(ABC):
             self.pipe.scheduler, num_inference_steps, timesteps=timesteps, sigmas=sigmas
         )
 
+    def check_settings(self, request: Request) -> None:
+        """Refuse options that are not prompts, before any model is called.
+
+        Raises:
+            ValueError, TypeError: naming the option.
+        """
+        options = request.options
+        if (length := options.get("max_sequence_length")) is not None:
+            # the pipelines' own limit
+            require_integer("max_sequence_length", length, 1, 512)
+        if (skip := options.get("clip_skip")) is not None:
+            encoders = (getattr(self.pipe, n, None) for n in ("text_encoder", "text_encoder_2"))
+            layers = [e.config.num_hidden_layers for e in encoders if e is not None]
+            require_integer("clip_skip", skip, 0, min(layers, default=1) - 1)
+
     def guidance(self, request: Request) -> float | tuple[float, ...]:
         """w of classifier-free guidance."""
         return request.guidance_scale
@@ -216,6 +237,9 @@ class Adapter(ABC):
 
         The mode of the posterior, or a sample of it where there is a generator (or one per image);
         an autoencoder without a posterior gives its latents.
+
+        Raises:
+            ValueError: a generator for an autoencoder without a posterior, or it overflows.
         """
         from diffusers.utils.torch_utils import get_module_execution_device
 
@@ -237,19 +261,36 @@ class Adapter(ABC):
             latents = posterior.sample(generator)
         mean, std = self._latent_statistics(latents)
         unit: Tensor = (latents.float() - mean) / std
-        return unit.to(self.device)
+        return self._finite(unit, "latents").to(self.device)
 
     def to_images(
-        self, latents: Tensor, size: Size, generator: torch.Generator | None = None
+        self,
+        latents: Tensor,
+        size: Size,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """Images [B, 3, H, W], about in [−1, 1] and not clamped, of float32 latents [B, …]."""
+        """Images [B, 3, H, W], about in [−1, 1] and not clamped, of float32 latents [B, …].
+
+        Raises:
+            ValueError: the autoencoder overflows.
+        """
         from diffusers.utils.torch_utils import get_module_execution_device
 
         vae = self.vae
         mean, std = self._latent_statistics(latents)
         scaled = (latents * std + mean).to(get_module_execution_device(vae), vae.dtype)
         images: Tensor = vae.decode(scaled, return_dict=False, generator=generator)[0]
-        return images
+        return self._finite(images, "images")
+
+    def _finite(self, result: Tensor, kind: str) -> Tensor:
+        """What the autoencoder gave, refused where it has overflowed, as in float16 it may."""
+        if not result.isfinite().all():
+            dtype = str(self.vae.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"pipe.vae must give finite {kind}, got NaN or infinity in {dtype}; call "
+                "pipe.vae.to(torch.float32), with the other models as they are"
+            )
+        return result
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, std) with which the VAE's latents are (latents − mean)/std of unit scale."""

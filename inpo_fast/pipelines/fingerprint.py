@@ -101,8 +101,13 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _switches(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What turns adapters on and off without changing a weight."""
+    """What changes the model without changing a weight: adapters on and off, FreeU."""
     for name, part in module.named_modules():
+        freeu = {
+            k: v for k in ("s1", "s2", "b1", "b2") if (v := getattr(part, k, None)) is not None
+        }
+        if freeu:
+            yield name, repr(freeu)
         if hasattr(part, "active_adapters") and hasattr(part, "scaling"):
             merged = getattr(part, "merged_adapters", [])
             off = getattr(part, "disable_adapters", False)

@@ -59,8 +59,11 @@ def _one(item: Any, name: str) -> Tensor:
             raise ValueError(
                 f"{name} as an array must be [H, W, 3] or [B, H, W, 3], got {item.shape}"
             )
-        tensor = torch.from_numpy(np.ascontiguousarray(item))
-        tensor = tensor.movedim(-1, -3)
+        if item.dtype != np.uint8 and item.dtype.kind != "f":
+            raise TypeError(f"{name} must be uint8 or floating, got {item.dtype}")
+        # a copy: torch wants memory that may be written, in the machine's byte order
+        kind = np.uint8 if item.dtype == np.uint8 else np.float32
+        tensor = torch.from_numpy(item.astype(kind, order="C")).movedim(-1, -3)
     elif isinstance(item, Tensor):
         if item.ndim not in (3, 4) or item.shape[-3] != 3:
             raise ValueError(

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..sampler import Model, Sampler, State, StateKind
 from ..schedule import NoiseSchedule
 from ..solvers.program import Program, is_unguided
-from .adapter import Adapter, Conditioning, Request
+from .adapter import Adapter, Conditioning, Request, gives_negative
 from .fingerprint import Fingerprint, check_dtypes
 from .outputs import EditOutput, ReconstructionOutput
 from .plan import NULL_TEXT, Plan
-from .request import Guidance, make_request, split_options
+from .request import Guidance, check_generators, make_request, split_options
 from .steps import StepCallback, Steps
 
 Compile = bool | Literal["graph"]
@@ -160,7 +160,7 @@ class Inversion:
         *,
         negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: Guidance | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -175,7 +175,7 @@ class Inversion:
             prompt: one, or one per image; or `prompt_embeds` among the options.
             negative_prompt: "" for none.
             guidance_scale: one number or one per image.
-            generator: given to the decoder, as the pipelines do.
+            generator: one, or one per image; given to the decoder, as the pipelines do.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines; the
                 callback may read the tensors and may set `pipe._interrupt`.
@@ -185,18 +185,21 @@ class Inversion:
             ValueError, TypeError: naming the argument; or the pipeline's dtype has changed since.
         """
         _check_output_type(output_type)
+        check_generators(generator, self.request.batch)
         self._check_dtype()
         adapter = self.adapter
         family, _ = split_options(adapter, options, ())
         # the negative prompt is inherited as it was encoded, whatever it came from
-        inherits = negative_prompt is None and not any(k.startswith("negative_") for k in family)
+        inherits = negative_prompt is None and not gives_negative(family)
         if not inherits and self.null_embeddings is not None:
             raise ValueError("negative_prompt must be left out: null-text inversion has its own")
+        if negative_prompt is None and "negative_prompt_embeds" not in family:
+            negative_prompt = self.request.negative_prompt
         settings = {k: v for k, v in self.request.options.items() if k in adapter.setting_options}
         request = make_request(
             adapter,
             prompt,
-            self.request.negative_prompt if inherits else negative_prompt,
+            negative_prompt,
             self.request.guidance_scale if guidance_scale is None else guidance_scale,
             self.request.batch,
             self.request.size,
@@ -206,7 +209,10 @@ class Inversion:
         with adapter.session(), torch.no_grad():
             inherited = self.conditioning.negative() if inherits else {}
             conditioning = adapter.encode_prompt(request, guided and not inherited)
-            tensors = {**conditioning.tensors, **inherited}
+            if guided:
+                self._check_halves(conditioning.tensors, inherited)
+            # sizes that are conditioning come from the request, which has inherited them
+            tensors = {**inherited, **conditioning.tensors}
             conditioning = replace(conditioning, tensors=tensors)
             steps = Steps(
                 adapter.pipe,
@@ -217,6 +223,17 @@ class Inversion:
             latents = self._back(request, conditioning, steps).sample()
             images, flagged = self._pictures(latents, output_type, generator=generator)
         return EditOutput(images, flagged)
+
+    def _check_halves(self, tensors: Mapping[str, Tensor], inherited: Mapping[str, Tensor]) -> None:
+        """Refuse a prompt whose embeddings do not go with the negative ones of the inversion."""
+        remedy = "" if self.null_embeddings is not None else "; give negative_prompt as well"
+        for negative, tensor in inherited.items():
+            name = negative.removeprefix("negative_")
+            if tensors[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name} must have the shape {tuple(tensor.shape)} of the inversion's "
+                    f"{negative}, got {tuple(tensors[name].shape)}{remedy}"
+                )
 
     def _check_dtype(self) -> None:
         name = self.adapter.denoiser_name
@@ -254,7 +271,7 @@ class Inversion:
         self,
         latents: Tensor,
         output_type: str,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         checked: bool = True,
     ) -> tuple[Any, list[bool] | None]:
         """`latents` as images; with `checked` through the pipeline's safety checker and

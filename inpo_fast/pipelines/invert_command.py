@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from ..solvers import SOLVERS
+from ..writable import add_overwrite_argument, writable
 from .inverting import invert
 from .loading import (
     add_model_arguments,
-    add_overwrite_argument,
+    add_set_argument,
     load,
-    number,
     picture,
     reported,
-    writable,
+    settings,
     writable_picture,
 )
 from .plan import NULL_TEXT
@@ -31,13 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver", default="bdia", choices=[*SOLVERS, NULL_TEXT], help="default: bdia"
     )
-    parser.add_argument(
-        "--set",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="parameter of the solver or argument of the pipeline, e.g. gamma=0.94; repeatable",
-    )
+    add_set_argument(parser, "parameter of the solver or argument of the pipeline, e.g. gamma=0.94")
     parser.add_argument("--steps", type=int, default=50, help="default: 50")
     parser.add_argument("--guidance", type=float, help="default: 3, for Flux 3.5")
     parser.add_argument(
@@ -69,12 +62,7 @@ def _invert(arguments: argparse.Namespace) -> None:
     )
     if reconstruction.resolve() == output.resolve():
         raise ValueError(f"--output and --reconstruction must differ, got {output} for both")
-    options: dict[str, Any] = {}
-    for setting in arguments.set:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set must be NAME=VALUE, got {setting!r}")
-        options[name] = number(value)
+    options = settings(arguments)
     image = picture(arguments.image)
     if arguments.control_image is not None:
         options["control_image"] = picture(arguments.control_image)

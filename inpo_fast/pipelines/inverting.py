@@ -94,7 +94,7 @@ def invert(
         "num_inference_steps": _plain(num_inference_steps),
         "timesteps": None if timesteps is None else [_plain(t) for t in timesteps],
         "sigmas": None if sigmas is None else [_plain(s) for s in sigmas],
-        "strength": strength,
+        "strength": _plain(strength),
     }
     schedule = make_schedule(adapter, size=size, **grid)
     plan = make_plan(solver, schedule, parameters)

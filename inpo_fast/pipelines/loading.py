@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..environment import available_device
 from ..naming import naming
 from ..ops import LatticeRangeError, NonFiniteError
 from ..shipped import load_pipeline
+from ..writable import writable
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,6 +44,8 @@ def load(arguments: argparse.Namespace) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
+    # a saved pipeline may have one of these; diffusers loads only what has been imported
+    import_module("inpo_fast.schedulers")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     device = available_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -54,35 +58,35 @@ def load(arguments: argparse.Namespace) -> Any:
     return pipe
 
 
-def number(text: str) -> Any:
-    """A command-line value as the int, float or string that it looks like."""
+def add_set_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--set NAME=VALUE`."""
+    parser.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], help=f"{what}; repeatable"
+    )
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `--set` has set, values as the int, float or string that they look like.
+
+    Raises:
+        ValueError: something else than NAME=VALUE.
+    """
+    found: dict[str, Any] = {}
+    for setting in arguments.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set must be NAME=VALUE, got {setting!r}")
+        found[name] = _number(value)
+    return found
+
+
+def _number(text: str) -> Any:
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
     return text
-
-
-def add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
-    """`--overwrite`."""
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-
-
-def writable(path: str, *, overwrite: bool) -> Path:
-    """A path of a file whose folder exists.
-
-    Raises:
-        ValueError: it does not, the path is a folder itself, or there is such a file and it may not
-            be overwritten.
-    """
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; name a file to write")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"no folder {Path(path).parent} to write {Path(path).name} to")
-    if not overwrite and Path(path).exists():
-        raise ValueError(f"{path} exists; name another file, or give --overwrite to replace it")
-    return Path(path)
 
 
 def writable_picture(path: str, *, overwrite: bool) -> Path:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ import torch
 from ..naming import naming
 from ..schedule import NoiseSchedule
 from .adapter import Adapter, Request, Size
+from .settings import one_or_each
 from .stable_diffusion import StableDiffusion, StableDiffusionControlNet, StableDiffusionXL
 from .transformers import Flux, StableDiffusion3
 
@@ -85,16 +84,18 @@ def make_request(
             _check_embeddings(name, value, batch)
         elif name in adapter.prompt_options:
             _texts(name, value, batch)
-    return Request(
+    if guidance_scale is None:
+        guidance_scale = adapter.default_guidance
+    request = Request(
         prompt=_texts("prompt", prompt, batch),
         negative_prompt=_texts("negative_prompt", negative_prompt, batch),
         batch=batch,
         size=size,
-        guidance_scale=_guidance(
-            adapter.default_guidance if guidance_scale is None else guidance_scale, batch
-        ),
+        guidance_scale=one_or_each("guidance_scale", guidance_scale, batch),
         options=dict(options),
     )
+    adapter.check_settings(request)
+    return request
 
 
 def _texts(name: str, value: str | Sequence[str] | None, batch: int) -> list[str] | None:
@@ -111,23 +112,9 @@ def _texts(name: str, value: str | Sequence[str] | None, batch: int) -> list[str
 def _check_embeddings(name: str, value: Any, batch: int) -> None:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {type(value).__name__}")
-    if value.ndim < 2 or value.shape[0] != batch:
-        raise ValueError(f"{name} must be [{batch}, …], got {tuple(value.shape)}")
-
-
-def _guidance(value: Any, batch: int) -> float | tuple[float, ...]:
-    single = not isinstance(value, Iterable)
-    values = [value] if single else list(value)
-    numbers = all(isinstance(w, Real) and not isinstance(w, bool) for w in values)
-    if not numbers or not all(map(math.isfinite, values)):
-        raise ValueError(f"guidance_scale must be finite numbers, one or {batch}, got {value!r}")
-    if single:
-        return float(values[0])
-    if len(values) != batch:
-        raise ValueError(
-            f"guidance_scale must be one number or {batch}, got a list of {len(values)}"
-        )
-    return tuple(float(w) for w in values)
+    axes = "D" if "pooled" in name else "L, D"
+    if value.shape[:1] != (batch,) or value.ndim != axes.count(",") + 2:
+        raise ValueError(f"{name} must be [{batch}, {axes}], got {tuple(value.shape)}")
 
 
 def make_schedule(

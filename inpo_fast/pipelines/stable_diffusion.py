@@ -11,6 +11,7 @@ from torch import Tensor
 from ..sampler import Model
 from .adapter import Adapter, Conditioning, Request, Size
 from .images import to_tensor
+from .settings import one_or_each, require_pair
 
 
 class StableDiffusion(Adapter):
@@ -89,37 +90,53 @@ class StableDiffusionControlNet(StableDiffusion):
         "guess_mode",
     }
 
-    def encode_prompt(self, request: Request, guided: bool) -> Conditioning:
-        """See `Adapter.encode_prompt`."""
-        base = super().encode_prompt(request, guided)
+    def check_settings(self, request: Request) -> None:
+        """See `Adapter.check_settings`."""
+        super().check_settings(request)
+        guess = request.options.get("guess_mode", False)
+        if not isinstance(guess, bool):
+            raise TypeError(f"guess_mode must be True or False, got {guess!r}")
+        self._scales(request)
+        self._controls(request)
+
+    def _scales(self, request: Request) -> float | list[float]:
+        """The strength of the ControlNet, or of each."""
+        count = len(self._nets)
+        scale = request.options.get("controlnet_conditioning_scale", 1.0)
+        scales = one_or_each("controlnet_conditioning_scale", scale, count)
+        each = list(scales) if isinstance(scales, tuple) else [scales] * count
+        return each if count > 1 else each[0]
+
+    def _controls(self, request: Request) -> list[Tensor]:
+        """[B, 3, H, W] in [0, 1] for each ControlNet."""
         images = request.options.get("control_image")
         if images is None:
             raise ValueError("control_image must be given with a StableDiffusionControlNetPipeline")
-        nets = self._nets
-        several = len(nets) > 1
-        if several and (not isinstance(images, (list, tuple)) or len(images) != len(nets)):
-            raise ValueError(f"control_image must be a list of {len(nets)}, one per ControlNet")
-        scale = request.options.get("controlnet_conditioning_scale", 1.0)
-        scales = [scale] * len(nets) if isinstance(scale, (int, float)) else list(scale)
-        if len(scales) != len(nets):
-            raise ValueError(
-                f"controlnet_conditioning_scale must be one number or {len(nets)}, got {scale}"
-            )
-        controls = {}
-        for index, image in enumerate(images if several else [images]):
+        count = len(self._nets)
+        if count > 1 and (not isinstance(images, (list, tuple)) or len(images) != count):
+            raise ValueError(f"control_image must be a list of {count}, one per ControlNet")
+        controls = []
+        for image in images if count > 1 else [images]:
             control = to_tensor(image, self.multiple, name="control_image")
             if control.shape[0] not in (1, request.batch) or control.shape[-2:] != request.size:
                 raise ValueError(
                     f"control_image must be 1 or {request.batch} images of height and width "
                     f"{request.size}, got {tuple(control.shape)}"
                 )
-            control = control.expand(request.batch, -1, -1, -1)
-            controls[f"control_image_{index}"] = control.to(self.device, self.dtype)
-        guess = bool(request.options.get("guess_mode", False))
-        guess = guess or bool(nets[0].config.global_pool_conditions)
+            controls.append(control.expand(request.batch, -1, -1, -1))
+        return controls
+
+    def encode_prompt(self, request: Request, guided: bool) -> Conditioning:
+        """See `Adapter.encode_prompt`."""
+        base = super().encode_prompt(request, guided)
+        controls = {
+            f"control_image_{index}": control.to(self.device, self.dtype)
+            for index, control in enumerate(self._controls(request))
+        }
+        guess = request.options.get("guess_mode", False)
+        guess = guess or bool(self._nets[0].config.global_pool_conditions)
         return Conditioning(
-            {**base.tensors, **controls},
-            {"scale": scales if several else scales[0], "guess_mode": guess},
+            {**base.tensors, **controls}, {"scale": self._scales(request), "guess_mode": guess}
         )
 
     def restored_options(self, conditioning: Conditioning) -> dict[str, Any]:
@@ -193,6 +210,20 @@ class StableDiffusionXL(StableDiffusion):
         }
     )
 
+    def check_settings(self, request: Request) -> None:
+        """See `Adapter.check_settings`."""
+        super().check_settings(request)
+        sizes = self.setting_options - {"clip_skip"}
+        given = {k: v for k, v in request.options.items() if k in sizes}
+        for name, value in given.items():
+            require_pair(name, value)
+        negative = {name for name in given if name.startswith("negative_")}
+        if negative and not negative >= {"negative_original_size", "negative_target_size"}:
+            raise ValueError(
+                "negative_original_size and negative_target_size must be given together, got "
+                f"{sorted(negative)} alone"
+            )
+
     def encode_prompt(self, request: Request, guided: bool) -> Conditioning:
         """See `Adapter.encode_prompt`."""
         options = request.options
@@ -217,8 +248,7 @@ class StableDiffusionXL(StableDiffusion):
         )
         ids = self._time_ids("", request, pooled)
         tensors["time_ids"] = ids
-        negative_sizes = ("negative_original_size", "negative_target_size")
-        if guided and all(options.get(name) is not None for name in negative_sizes):
+        if "negative_original_size" in options:
             tensors["negative_time_ids"] = self._time_ids("negative_", request, pooled)
         return Conditioning(tensors)
 

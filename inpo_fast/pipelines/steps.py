@@ -34,7 +34,7 @@ class Steps:
         tensors: the tensors that it can ask for besides `latents`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError, TypeError: an unknown name, or a callback that cannot be called.
     """
 
     def __init__(
@@ -44,6 +44,10 @@ class Steps:
         names: Sequence[str],
         tensors: Mapping[str, Tensor],
     ) -> None:
+        if callback is not None and not callable(callback):
+            raise TypeError(
+                f"callback_on_step_end must be a function, got {type(callback).__name__}"
+            )
         names = getattr(callback, "tensor_inputs", names)
         known = ["latents", *tensors]
         if unknown := [name for name in names if name not in known]:
@@ -72,11 +76,18 @@ class Steps:
         index, self.index = self.index, self.index + 1
         if self.callback is None:
             return True
+        # copies: what it writes into them is not what the way back starts from or is told
         given = {
-            name: latents() if name == "latents" else self.tensors[name] for name in self.names
+            name: latents() if name == "latents" else self.tensors[name].clone()
+            for name in self.names
         }
         returned = self.callback(self.pipe, index, torch.tensor(timestep), dict(given))
         if returned is not None:
+            if not isinstance(returned, Mapping):
+                raise TypeError(
+                    "callback_on_step_end must return the dict of its tensors, as in diffusers, or "
+                    f"None, got {type(returned).__name__}"
+                )
             replaced = [k for k, v in returned.items() if v is not given.get(k)]
             if replaced:
                 raise ValueError(

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -150,12 +151,13 @@ def _models(header: Mapping[str, Any]) -> dict[str, Fingerprint]:
 def _compare_expected(path: str, header: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     held = {**header, **header["grid"]}
     for name, value in expected.items():
-        mine, theirs = held[name], value
-        if isinstance(mine, list) and isinstance(value, (str, int, float)):
+        # also of numpy and torch
+        mine, theirs = held[name], value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(mine, list) and isinstance(theirs, (str, int, float)):
             # one for all images
-            theirs = [value] * len(mine)
-        elif isinstance(value, tuple):
-            theirs = list(value)
+            theirs = [theirs] * len(mine)
+        elif isinstance(theirs, tuple):
+            theirs = list(theirs)
         if mine != theirs:
             raise ValueError(f"{path} was made with {name} {mine!r}, expected {value!r}")
 
@@ -238,7 +240,10 @@ def _plain(name: str, value: Any) -> Any:
         return {"fraction": str(value)}
     if isinstance(value, (list, tuple)):
         return [_plain(name, item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, Real) and not isinstance(value, bool):
+        # also of numpy
+        return int(value) if isinstance(value, Integral) else float(value)
+    if value is None or isinstance(value, (bool, str)):
         return value
     raise TypeError(f"{name} cannot be saved: it must be plain data, got {type(value).__name__}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..sampler import Model
 from ..schedule import NoiseSchedule
 from .adapter import Adapter, Conditioning, Request, Size
+from .settings import one_or_each
 
 _SHIFTS = {
     "base_image_seq_len": 256,
@@ -188,8 +189,8 @@ class Flux(_FlowTransformer):
 
     def guidance(self, request: Request) -> float | tuple[float, ...]:
         """See `Adapter.guidance`."""
-        scale: float | tuple[float, ...] = request.options.get("true_cfg_scale", 1.0)
-        return scale
+        scale = request.options.get("true_cfg_scale", 1.0)
+        return one_or_each("true_cfg_scale", scale, request.batch)
 
     def encode_prompt(self, request: Request, guided: bool) -> Conditioning:
         """See `Adapter.encode_prompt`."""
@@ -274,7 +275,10 @@ class Flux(_FlowTransformer):
         return packed
 
     def to_images(
-        self, latents: Tensor, size: Size, generator: torch.Generator | None = None
+        self,
+        latents: Tensor,
+        size: Size,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
         """See `Adapter.to_images`."""
         unpacked = self.pipe._unpack_latents(latents, *size, self.pipe.vae_scale_factor)

@@ -6,6 +6,7 @@ Pipelines store the path of this module, so it and its class names stay.
 from __future__ import annotations
 
 from fractions import Fraction
+from numbers import Real
 
 from diffusers.configuration_utils import register_to_config
 
@@ -15,13 +16,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from ..schedule import NoiseSchedule
 from ..solvers import Program, bdia
 from .scheduling_inverse import InverseScheduler
-from .scheduling_reversible import (
-    Betas,
-    BetaSchedule,
-    PredictionType,
-    ReversibleScheduler,
-    TimestepSpacing,
-)
+from .scheduling_reversible import ReversibleScheduler
+from .scheduling_table import Betas, BetaSchedule, PredictionType, TimestepSpacing
 
 
 class BDIAScheduler(ReversibleScheduler):
@@ -43,7 +39,7 @@ class BDIAScheduler(ReversibleScheduler):
         thresholding: must be False, it has no inverse.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError, TypeError: naming the argument.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -64,6 +60,8 @@ class BDIAScheduler(ReversibleScheduler):
         rescale_betas_zero_snr: bool = False,
         gamma: float = 1.0,
     ) -> None:
+        if not isinstance(gamma, Real):
+            raise TypeError(f"gamma must be a number, got {gamma!r}")
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1], got {gamma}")
         if isinstance(gamma, Fraction):

@@ -6,6 +6,7 @@ Pipelines store the path of this module, so it and its class names stay.
 from __future__ import annotations
 
 from fractions import Fraction
+from numbers import Real
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -18,13 +19,8 @@ from ..schedule import NoiseSchedule
 from ..solvers import Program, edict
 from .run import Plan
 from .scheduling_inverse import InverseScheduler
-from .scheduling_reversible import (
-    Betas,
-    BetaSchedule,
-    PredictionType,
-    ReversibleScheduler,
-    TimestepSpacing,
-)
+from .scheduling_reversible import ReversibleScheduler
+from .scheduling_table import Betas, BetaSchedule, PredictionType, TimestepSpacing
 
 
 class EDICTScheduler(ReversibleScheduler):
@@ -67,6 +63,8 @@ class EDICTScheduler(ReversibleScheduler):
         rescale_betas_zero_snr: bool = False,
         mixing_coeff: float = 0.93,
     ) -> None:
+        if not isinstance(mixing_coeff, Real):
+            raise TypeError(f"mixing_coeff must be a number, got {mixing_coeff!r}")
         if not 0.5 < mixing_coeff <= 1:
             raise ValueError(f"mixing_coeff must be in (1/2, 1], got {mixing_coeff}")
         if isinstance(mixing_coeff, Fraction):

@@ -13,13 +13,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from ..schedule import NoiseSchedule
 from ..solvers import Program, obelm
 from .scheduling_inverse import InverseScheduler
-from .scheduling_reversible import (
-    Betas,
-    BetaSchedule,
-    PredictionType,
-    ReversibleScheduler,
-    TimestepSpacing,
-)
+from .scheduling_reversible import ReversibleScheduler
+from .scheduling_table import Betas, BetaSchedule, PredictionType, TimestepSpacing
 
 
 class OBELMScheduler(ReversibleScheduler):

@@ -201,6 +201,30 @@ def test_the_command_pins_everything(tmp_path, trained, capsys):
     assert Image.open(tmp_path / "images" / names[0]).size == (128, 64)
 
 
+def test_the_command_overwrites_nothing_unasked(tmp_path, trained, capsys, monkeypatch):
+    def drawn(*_, **__):
+        raise OSError("drawn")
+
+    monkeypatch.setattr(command, "load_pipeline", drawn)
+    (tmp_path / "images").mkdir()
+    for flags in ((), ("--overwrite",)):
+        assert run(tmp_path, trained, *flags) == 1
+        assert capsys.readouterr().err == "inpo-fast eval: drawn\n"
+    (tmp_path / "images" / "mine").touch()
+    assert run(tmp_path, trained) == 1
+    assert "images is not empty; name another folder, or give --over" in capsys.readouterr().err
+    (tmp_path / "eval.json").write_text("mine")
+    assert run(tmp_path, trained) == 1
+    assert "eval.json exists; name another file, or give --overwrite" in capsys.readouterr().err
+    assert run(tmp_path, trained, "--overwrite") == 1
+    assert capsys.readouterr().err == "inpo-fast eval: drawn\n"
+    assert run(tmp_path, trained, "--json", str(tmp_path / "no" / "eval.json")) == 1
+    assert f"no folder {tmp_path / 'no'} to write eval.json to" in capsys.readouterr().err
+    assert run(tmp_path, trained, "--overwrite", "--images", str(tmp_path / "eval.json")) == 1
+    assert "eval.json is a file; name a folder to write to" in capsys.readouterr().err
+    assert (tmp_path / "eval.json").read_text() == "mine"
+
+
 def test_the_command_refuses_what_is_no_model(tmp_path, trained, capsys):
     shutil.rmtree(trained / "unet")
     assert run(tmp_path, trained) == 1

@@ -161,8 +161,12 @@ def test_two_controlnets(tmp_path):
     assert not torch.equal(weaker, same)
 
 
-def test_guess_mode_shows_the_control_to_the_conditional_half_alone():
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_guess_mode_shows_the_control_to_the_conditional_half_alone(shuffle):
     pipe = tiny.build("controlnet")
+    # a ControlNet of shuffled content always guesses
+    pipe.controlnet.register_to_config(global_pool_conditions=shuffle)
+    guessed = {} if shuffle else {"guess_mode": True}
     common = {"guidance_scale": 2.0, "num_inference_steps": 3}
     control = tiny.images(1, seed=3)
     inversion = invert(
@@ -172,7 +176,7 @@ def test_guess_mode_shows_the_control_to_the_conditional_half_alone():
         solver="ddim",
         state="float32",
         control_image=control,
-        guess_mode=True,
+        **guessed,
         **common,
     )
     edited = inversion.edit("a dog", output_type="pt").images
@@ -180,7 +184,7 @@ def test_guess_mode_shows_the_control_to_the_conditional_half_alone():
         "a dog",
         image=control,
         latents=inversion.latents,
-        guess_mode=True,
+        **guessed,
         output_type="pt",
         **common,
     ).images
@@ -211,6 +215,42 @@ def test_xl_sizes_reach_the_model(pipe_of):
     assert not torch.equal(
         plain, noise(negative_original_size=(64, 64), negative_target_size=(16, 16))
     )
+
+
+def test_xl_latents_with_statistics_of_their_own():
+    pipe = tiny.build("sdxl")
+    pipe.vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[2.0, 3.0, 4.0, 5.0])
+    inversion = invert(
+        pipe, tiny.images(), "a cat", solver="ddim", state="float32", num_inference_steps=3
+    )
+    # they go there and back: the floor is that of the autoencoder with its plain scaling
+    plain = invert(tiny.build("sdxl"), tiny.images(), "a cat", num_inference_steps=2)
+    assert inversion.vae_floor == pytest.approx(plain.vae_floor, rel=1e-4)
+    assert not torch.allclose(inversion.image_latents, plain.image_latents)
+    expected = _copy_with_own_scheduler(pipe)(
+        "a dog",
+        latents=inversion.latents,
+        height=16,
+        width=16,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        output_type="pt",
+    ).images
+    edited = inversion.edit("a dog", output_type="pt").images
+    torch.testing.assert_close(edited, expected, rtol=0, atol=2e-4)
+
+
+def test_xl_marks_edits_and_not_reconstructions():
+    class Watermark:
+        @staticmethod
+        def apply_watermark(images):
+            return torch.full_like(images, -1)
+
+    pipe = tiny.build("sdxl")
+    pipe.watermark = Watermark
+    inversion = invert(pipe, tiny.images(), "a cat", num_inference_steps=2)
+    assert not inversion.edit("a dog", output_type="np").images.any()
+    assert inversion.reconstruct(output_type="np").images.any()
 
 
 def test_xl_decodes_in_float32_where_float16_overflows(pipe_of):

@@ -39,6 +39,9 @@ def test_every_form_of_image(pipe):
         array.astype(np.float32) / 255,
         [pil(image.float() / 255) for image in bytes_],
         list(array),
+        np.frombuffer(array.tobytes(), np.uint8).reshape(array.shape),  # read-only
+        (array.astype(np.float64) / 255).astype(">f8"),
+        array[:, ::-1][:, ::-1],
         list(bytes_),
         (bytes_[:1], bytes_[1:]),
     ]
@@ -141,7 +144,7 @@ def test_negative_prompts(pipe):
     torch.testing.assert_close(mixed[1], plain[1])
 
 
-def test_an_edit_keeps_guidance_and_negative_prompt(pipe):
+def test_an_edit_keeps_guidance_and_negative_prompt(pipe, pipe_of):
     inversion = inverted(pipe, guidance_scale=4.0, negative_prompt="bad")
     kept = inversion.edit("a dog", output_type="latent").images
     again = inversion.edit(
@@ -150,7 +153,24 @@ def test_an_edit_keeps_guidance_and_negative_prompt(pipe):
     assert torch.equal(kept, again)
     none = inversion.edit("a dog", negative_prompt="", output_type="latent").images
     assert not torch.equal(kept, none)
-    # also from an inversion that had no use for it
+    # also where the edit changes something else that is negative
+    xl = inverted(pipe_of("sdxl"), guidance_scale=4.0, negative_prompt="bad")
+    sizes = {"negative_original_size": (16, 16), "negative_target_size": (8, 8)}
+    kept = xl.edit("a dog", output_type="latent", **sizes).images
+    again = xl.edit("a dog", negative_prompt="bad", output_type="latent", **sizes).images
+    assert torch.equal(kept, again)
+    assert not torch.equal(kept, xl.edit("a dog", output_type="latent").images)
+    second = xl.edit("a dog", negative_prompt_2="worse", output_type="latent").images
+    both = xl.edit(
+        "a dog", negative_prompt="bad", negative_prompt_2="worse", output_type="latent"
+    ).images
+    assert torch.equal(second, both)
+    # also from an inversion that had no use for it, and from embeddings
+    negative = pipe.encode_prompt("bad", "cpu", 1, False)[0]
+    options = {"guidance_scale": 4.0, "output_type": "latent"}
+    embedded = inverted(pipe, guidance_scale=1.0, negative_prompt_embeds=negative)
+    kept = embedded.edit("a dog", **options).images
+    assert torch.equal(kept, embedded.edit("a dog", negative_prompt="bad", **options).images)
     unguided = inverted(pipe, guidance_scale=1.0, negative_prompt="bad")
     kept = unguided.edit("a dog", guidance_scale=4.0, output_type="latent").images
     none = unguided.edit(
@@ -195,7 +215,7 @@ def test_guidance_per_image(pipe):
     assert torch.isfinite(edited).all()
 
 
-def test_numbers_of_numpy_and_torch(pipe, tmp_path):
+def test_numbers_of_numpy_and_torch(pipe, pipe_of, tmp_path):
     """Taken as the numbers that they are, and written to files."""
     plain = inverted(pipe, num_inference_steps=None, timesteps=[900, 500, 20], guidance_scale=2.5)
     other = inverted(
@@ -203,11 +223,21 @@ def test_numbers_of_numpy_and_torch(pipe, tmp_path):
         num_inference_steps=None,
         timesteps=torch.tensor([900, 500, 20]),
         guidance_scale=np.float32(2.5),
+        strength=np.float32(1.0),
+        gamma=np.float64(1.0),
+        clip_skip=None,
     )
     assert other.state.equal(plain.state)
     other.save(tmp_path / "numbers")
-    loaded = other.load(tmp_path / "numbers", pipe, timesteps=[900, 500, 20], guidance_scale=2.5)
+    for timesteps in ([900, 500, 20], torch.tensor([900, 500, 20]), np.array([900, 500, 20])):
+        expected = {"timesteps": timesteps, "guidance_scale": np.float32(2.5), "strength": 1}
+        loaded = other.load(tmp_path / "numbers", pipe, **expected)
     assert loaded.reconstruct().bits_equal
+    with pytest.raises(ValueError, match="was made with timesteps"):
+        other.load(tmp_path / "numbers", pipe, timesteps=torch.tensor([900, 500, 21]))
+    xl = inverted(pipe_of("sdxl"), original_size=(np.int64(16), np.int32(16)))
+    xl.save(tmp_path / "size")
+    assert xl.load(tmp_path / "size", xl.adapter.pipe).request.options["original_size"] == [16, 16]
 
 
 @pytest.mark.parametrize("scheduler", [BDIAScheduler, EDICTScheduler])
@@ -321,6 +351,24 @@ def test_a_callback_may_not_replace_what_it_reads(pipe):
 
     with pytest.raises(ValueError, match=r"callback_on_step_end must not replace \['latents'\]"):
         inverted(pipe, callback_on_step_end=callback)
+
+    def scribble(pipe, index, timestep, tensors):
+        for tensor in tensors.values():
+            tensor.zero_()
+        return tensors
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    for state in ("lattice", "float32"):
+        scribbled = inverted(
+            pipe,
+            state=state,
+            callback_on_step_end=scribble,
+            callback_on_step_end_tensor_inputs=names,
+        )
+        plain = inverted(pipe, state=state)
+        assert scribbled.state.equal(plain.state)
+        told = plain.conditioning.tensors
+        assert all(torch.equal(v, told[k]) for k, v in scribbled.conditioning.tensors.items())
 
 
 @pytest.mark.parametrize("solver", ["bdia", "edict", "obelm", "ddim"])

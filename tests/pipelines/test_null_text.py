@@ -112,11 +112,15 @@ def test_early_stop_masks_each_image_by_itself(pipe):
     assert not torch.equal(embeddings[0, 1 - still], start[1 - still])
 
 
-@pytest.mark.parametrize("name", ["sd", "sd2-v", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", tiny.BUILDERS)
 def test_comes_nearer_than_ddim_under_guidance(pipe_of, name):
     pipe = pipe_of(name)
-    options = {"num_inner_steps": 10, "learning_rate": 3e-2}
-    optimised = inverted(pipe, **options)
+    needed = {}
+    if name == "flux":
+        needed = {"true_cfg_scale": GUIDANCE, "negative_prompt": ""}
+    elif name == "controlnet":
+        needed = {"control_image": tiny.images(2, 16, 24, seed=9)}
+    optimised = inverted(pipe, num_inner_steps=10, learning_rate=3e-2, **needed)
     optimised.reconstruct(output_type="latent")
     plain = invert(
         pipe,
@@ -127,11 +131,12 @@ def test_comes_nearer_than_ddim_under_guidance(pipe_of, name):
         num_inference_steps=STEPS,
         state="float32",
         verify=True,
+        **needed,
     )
     assert not optimised.bits_equal and not optimised.report["reversible"]
     assert optimised.latent_error < plain.latent_error
     # and than the embeddings that it starts from
-    start = inverted(pipe, num_inner_steps=1, early_stop=1e9)
+    start = inverted(pipe, num_inner_steps=1, early_stop=1e9, **needed)
     start.reconstruct(output_type="latent")
     assert optimised.latent_error < start.latent_error
 

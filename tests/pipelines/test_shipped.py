@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 
 import inpo_fast
 from inpo_fast import cli, invert, shipped
+from inpo_fast.evaluation.models import load_pipeline
+from inpo_fast.pipelines import edit_command, invert_command, loading
 
 STEPS = 20
 
@@ -92,6 +95,9 @@ def test_commands(scene, picture, tmp_path, capsys):
     assert Image.open(output).size == (64, 64)
 
     before = output.read_bytes()
+    assert cli.main(["edit", str(written), *arguments, "--overwrite", "--set", "clip_skip=9"]) == 1
+    assert "clip_skip must be within 0 … " in capsys.readouterr().err
+
     arguments += ["--guidance", "1"]
     assert cli.main(["edit", str(written), *arguments]) == 1
     assert f"{output} exists" in capsys.readouterr().err and output.read_bytes() == before
@@ -100,6 +106,24 @@ def test_commands(scene, picture, tmp_path, capsys):
 
     assert cli.main(["edit", str(written), *arguments, "--overwrite", "--dtype", "bfloat16"]) == 1
     assert "in float32, which the pipeline has in bfloat16" in capsys.readouterr().err
+
+
+def test_commands_load_pipelines_that_were_saved_with_a_scheduler_of_this_package(
+    tmp_path, monkeypatch
+):
+    pipe = shipped.load_pipeline()
+    pipe.scheduler = inpo_fast.BDIAScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path)
+    for load in (
+        lambda: loading.load(Namespace(model=str(tmp_path), device="cpu", dtype="float32")),
+        lambda: load_pipeline(str(tmp_path), None, dtype=torch.float32, device="cpu"),
+    ):
+        # as in a process that has not used them; what is imported here goes with the rest
+        monkeypatch.setattr(inpo_fast, "schedulers", inpo_fast.schedulers)
+        for name in [n for n in sys.modules if n.startswith("inpo_fast.schedulers")]:
+            monkeypatch.delitem(sys.modules, name)
+        assert type(load().scheduler).__name__ == "BDIAScheduler"
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
@@ -127,12 +151,19 @@ def test_errors_name_the_flag_that_was_typed(arguments, message, picture, tmp_pa
     [
         (["edit", "nothing.safetensors", "--prompt", "a"], "inpo-fast edit: no file at"),
         (["edit", "x", "--prompt", "a", "--output", "no/where.png"], "no folder no to write"),
+        (["edit", "x", "--prompt", "a", "--set", "p"], "--set must be NAME=VALUE, got 'p'"),
         (["invert", "x.png", "--set", "gamma"], "--set must be NAME=VALUE, got 'gamma'"),
         (["invert", "x.png"], "inpo-fast invert: "),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+    def loaded(_):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(edit_command, "load", loaded)
+    monkeypatch.setattr(invert_command, "load", loaded)
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

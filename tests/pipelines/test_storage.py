@@ -207,6 +207,11 @@ def test_files_that_are_something_else(path, pipe, inversion, tmp_path):
         Inversion.load(path, pipe)
 
 
+def test_no_folder_to_write_to(inversion, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*/no to write where\.safetensors to"):
+        inversion.save(tmp_path / "no" / "where.safetensors")
+
+
 def test_nothing_half_written(inversion, path, monkeypatch):
     whole = path.read_bytes()
 

@@ -200,6 +200,14 @@ def test_fingerprint_is_of_configuration_and_every_bit():
     assert fingerprint(other) == before
     assert fingerprint(other.to(memory_format=torch.channels_last)) == before
     assert fingerprint(other.to(torch.bfloat16)) != before
+    # FreeU changes what the model returns and no weight of it
+    other = tiny.build("sd").unet
+    other.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    free = fingerprint(other)
+    other.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.4)
+    assert before != free != fingerprint(other)
+    other.disable_freeu()
+    assert fingerprint(other) == before
     resized = tiny._unet(sample_size=16)
     resized.load_state_dict(module.state_dict())
     assert fingerprint(resized) != before

@@ -258,6 +258,10 @@ def test_refused_weights():
     for p in (0.5, 1.01, float("nan")):
         with pytest.raises(ValueError, match="mixing_coeff must be in"):
             schedulers.EDICTInverseScheduler(mixing_coeff=p)
+    with pytest.raises(TypeError, match="gamma must be a number, got '1'"):
+        schedulers.BDIAScheduler(gamma="1")
+    with pytest.raises(TypeError, match="mixing_coeff must be a number, got '1'"):
+        schedulers.EDICTScheduler(mixing_coeff="1")
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -280,8 +284,8 @@ def test_refused_grids(cls):
     for arguments, message in (
         ({}, "exactly one of"),
         ({"num_inference_steps": 5, "timesteps": [1]}, "exactly one of"),
-        ({"num_inference_steps": 0}, "num_steps must be at least 1"),
-        ({"num_inference_steps": 1001}, "num_steps must be at most"),
+        ({"num_inference_steps": 0}, r"^num_inference_steps must be at least 1"),
+        ({"num_inference_steps": 1001}, r"^num_inference_steps must be at most"),
         ({"timesteps": []}, "timesteps must fall"),
         ({"timesteps": [1, 5]}, "timesteps must fall"),
         ({"timesteps": [1000, 5]}, "timesteps must fall"),
@@ -290,6 +294,8 @@ def test_refused_grids(cls):
     ):
         with pytest.raises(ValueError, match=message):
             scheduler.set_timesteps(**arguments)
+    with pytest.raises(TypeError, match=r"^num_inference_steps must be an integer, got float"):
+        scheduler.set_timesteps(5.0)
     assert scheduler.num_inference_steps is None
     with pytest.raises(ValueError, match="trained_betas must have num_train_timesteps"):
         cls(trained_betas=[0.1, 0.2]).set_timesteps(2)

@@ -170,11 +170,12 @@ def test_inversion_and_back_in_a_pipeline(pipe_of, name):
         assert (inexact - latents).abs().max().item() > 100 * error
 
 
-def test_inpainting_blends_at_the_level_of_the_latents(pipe_of):
+@pytest.mark.parametrize("one", [False, True])
+def test_inpainting_blends_at_the_level_of_the_latents(pipe_of, one):
     # what is known must be at the noise level of the track that it is blended into
     pipe = pipe_of("inpaint")
     cls = schedulers.EDICTScheduler
-    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, set_alpha_to_one=one)
     original, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
     levels = []
 
@@ -191,9 +192,11 @@ def test_inpainting_blends_at_the_level_of_the_latents(pipe_of):
         return tensors
 
     tiny.call(pipe, "inpaint", callback_on_step_end=watch)
-    # 5 steps at strength 0.8: pairs at 601, 401, 201, 1 and the end, ᾱ_0
+    # 5 steps at strength 0.8: pairs at 601, 401, 201, 1 and the end, ᾱ_0 or 1
     table = pipe.scheduler.alphas_cumprod
-    expected = [table[t].item() for t in (401, 401, 201, 201, 1, 1, 0)]
+    expected = [table[t].item() for t in (401, 401, 201, 201, 1, 1)]
+    expected.append(pipe.scheduler.final_alpha_cumprod.item())
+    # ᾱ_0 is 1e-3 from 1
     assert levels == pytest.approx(expected, abs=1e-5)
     # outside a run it is that of DDIMScheduler
     ddim = DDIMScheduler(**STABLE_DIFFUSION)

@@ -58,7 +58,7 @@ def test_a_run_is_that_of_a_sampler(name, direction, prediction_type, one):
     cls = PAIRS[name][0 if direction == "sample" else 1]
     scheduler = make(cls, **config)
     sample = normal(2, 3, 4, 5)
-    result, _, outputs = recorded(scheduler, sample)
+    result, shown, outputs = recorded(scheduler, sample)
 
     program = PAIRS[name][2](grid(**config), direction=direction)
     times, seen = [], []
@@ -70,6 +70,9 @@ def test_a_run_is_that_of_a_sampler(name, direction, prediction_type, one):
 
     expected = Sampler(replay, program, state="float32").run(sample)
     assert times == scheduler.timesteps.tolist()
+    for mine, theirs in zip(shown, seen, strict=True):
+        # a scale and a product, each rounded on either side
+        torch.testing.assert_close(mine, theirs, rtol=4 * torch.finfo().eps, atol=0)
     assert scheduler.state.equal(expected)
     assert scheduler.state.program == expected.program
     assert scheduler.state.inverse == expected.inverse
@@ -304,6 +307,24 @@ def test_aborted_and_repeated_runs(cls, as_number):
     scheduler.set_timesteps(6)
     larger = normal(5, 2, 2)
     assert torch.equal(loop(scheduler, larger), loop(make(cls), larger))
+    # on another grid with the same first timestep
+    scheduler = make(cls, timestep_spacing="trailing")
+    loop(scheduler, first)
+    scheduler.set_timesteps(3)
+    assert torch.equal(
+        loop(scheduler, first), loop(make(cls, 3, timestep_spacing="trailing"), first)
+    )
+    # and on one that begins where the run before was left
+    loop(scheduler, first, timesteps=scheduler.timesteps[: scheduler.order])
+    rest = scheduler.timesteps[scheduler.order :: scheduler.order].tolist()
+    if scheduler.direction == "sample":
+        fresh = make(cls, timestep_spacing="trailing")
+        for one in (scheduler, fresh):
+            one.set_timesteps(timesteps=rest)
+        # by number a step could be the next one of either
+        numbers = scheduler.timesteps.tolist()
+        expected = loop(fresh, second, timesteps=numbers)
+        assert torch.equal(loop(scheduler, second, timesteps=numbers), expected)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

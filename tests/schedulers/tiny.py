@@ -2,7 +2,6 @@
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
@@ -13,69 +12,22 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection
 
-from inpo_fast.shipped import model_path
+from tests.pipelines.tiny import WIDTH, _clip, _clip_tokenizer, _unet, _vae
 from tests.schedulers.cases import STABLE_DIFFUSION
 
-WIDTH = 32
 SIZE = 16
 """Of the images; the latents are half as large."""
-
-
-def _vae():
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        sample_size=SIZE,
-    )
-
-
-def _unet(**options):
-    return UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        sample_size=SIZE // 2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-        norm_num_groups=4,
-        **{"cross_attention_dim": WIDTH, **options},
-    )
-
-
-def _text_encoder(kind=CLIPTextModel):
-    config = CLIPTextConfig(
-        vocab_size=300,
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        projection_dim=WIDTH,
-        bos_token_id=286,
-        eos_token_id=287,
-        pad_token_id=287,
-    )
-    return kind(config)
-
-
-def _tokenizer():
-    return CLIPTokenizer.from_pretrained(str(model_path() / "tokenizer"))
 
 
 def _stable_diffusion(cls, **parts):
     torch.manual_seed(0)
     return cls(
         vae=_vae(),
-        text_encoder=_text_encoder(),
-        tokenizer=_tokenizer(),
+        text_encoder=_clip(layers=3),
+        tokenizer=_clip_tokenizer(),
         unet=_unet(),
         scheduler=DDIMScheduler(**STABLE_DIFFUSION),
         safety_checker=None,
@@ -99,10 +51,10 @@ def _xl(cls):
     torch.manual_seed(0)
     return cls(
         vae=_vae(),
-        text_encoder=_text_encoder(),
-        tokenizer=_tokenizer(),
-        text_encoder_2=_text_encoder(CLIPTextModelWithProjection),
-        tokenizer_2=_tokenizer(),
+        text_encoder=_clip(layers=3),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=_clip(CLIPTextModelWithProjection, layers=3),
+        tokenizer_2=_clip_tokenizer(),
         unet=_unet(
             cross_attention_dim=2 * WIDTH,
             addition_embed_type="text_time",
