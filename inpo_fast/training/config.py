@@ -42,7 +42,9 @@ class PreferenceConfig:
     revision: str | None = _option(None, "revision of the model on the hub")
     variant: str | None = _option(None, "variant of the weight files, as fp16")
     unet_init: str | None = _option(
-        None, "denoiser that policy and reference start from, instead of the pipeline's"
+        None,
+        "denoiser that policy and reference start from, instead of the pipeline's; for "
+        "inversion-dpo the policy alone",
     )
 
     dataset_name: str | None = _option(
@@ -218,6 +220,13 @@ class PreferenceConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(table)}, got {given!r}")
         if self.beta_dpo is not None and "beta" not in OBJECTIVES[self.loss_type].defaults:
             raise ConfigError(f"loss_type={self.loss_type} has no beta_dpo, got {self.beta_dpo}")
+        if OBJECTIVES[self.loss_type].starts_apart and (self.unet_init is None or self.rank):
+            raise ConfigError(
+                f"loss_type={self.loss_type} has no gradient where the policy equals its "
+                f"reference, the pipeline's denoiser: it needs unet_init, another denoiser to "
+                f"start the policy from, and no rank; got unet_init={self.unet_init} and "
+                f"rank={self.rank}"
+            )
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ConfigError("use_8bit_adam needs optimizer=adamw, got adafactor")
         if self.ties == "soft" and OBJECTIVES[self.loss_type].probability is None:

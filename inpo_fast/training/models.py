@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..losses import OBJECTIVES
 from ..schedule import NoiseSchedule
 from .config import ConfigError, PreferenceConfig
 from .families import FAMILIES, Family, schedule_of
@@ -26,12 +27,15 @@ class Model:
         schedule: its noise levels.
         pipeline: class of the pipeline, a key of `FAMILIES`.
         loaded: the pipeline, where the caller gave one.
+        reference: the denoiser to compare with; None where that is the one that is trained, as it
+            is at the start.
     """
 
     denoiser: Any
     schedule: NoiseSchedule
     pipeline: str
     loaded: Any = None
+    reference: Any = None
 
     @property
     def family(self) -> Family:
@@ -70,8 +74,9 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
         raise ConfigError(f"rank must be given: a {name} is trained by LoRA only")
     options = {"dtype": torch.float32 if config.rank is None else dtype}
     parts = _denoiser_and_scheduler(config, family, options) if pipeline is None else pipeline
-    denoiser = getattr(parts, family.component)
+    denoiser, reference = getattr(parts, family.component), None
     if config.unet_init is not None:
+        reference = denoiser if OBJECTIVES[config.loss_type].starts_apart else None
         denoiser = _other_denoiser(config.unet_init, type(denoiser), family.component, options)
     side = config.resolution // 8 if config.resolution else _sample_size(denoiser)
     try:
@@ -79,7 +84,7 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
         schedule = schedule_of(parts.scheduler, (side // 2) ** 2)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the model's scheduler cannot be trained on: {error}") from error
-    return Model(denoiser, schedule, name, pipeline)
+    return Model(denoiser, schedule, name, pipeline, reference)
 
 
 def pipeline_class(name: str) -> Any:

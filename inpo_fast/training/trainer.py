@@ -108,7 +108,10 @@ class PreferenceTrainer:
         config, accelerator = self.config, self.accelerator
         denoiser = self.model.denoiser.to(accelerator.device)
         if config.rank is None:
-            trained, reference = policy.full(denoiser, self.dtype)
+            reference = self.model.reference
+            if reference is not None:
+                reference.to(accelerator.device)
+            trained, reference = policy.full(denoiser, self.dtype, reference)
         else:
             trained, reference = policy.lora(
                 denoiser,

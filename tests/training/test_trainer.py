@@ -221,6 +221,50 @@ def test_every_objective_trains(model, tmp_path, loss):
     assert (run.learner.networks.reference is None) == (loss in ("mapo", "sft"))
 
 
+def moved(folder, component="unet", seed=1):
+    """The tiny denoiser with other weights, as a folder or a pipeline's has it."""
+    unet = tiny.unet()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    unet.save_pretrained(folder / component)
+    return folder, weights(unet)
+
+
+@pytest.mark.parametrize("component", ["unet", "."])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_policy_and_reference_start_from_another_denoiser(model, tmp_path, rank, component):
+    folder, wanted = moved(tmp_path / "sft", component)
+    run = trainer(model, tmp_path / "out", unet_init=str(folder), rank=rank, max_train_steps=1)
+    assert run.train()[0]["margin_mean"] == 0
+    kept = run.learner.networks.reference.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in wanted.items())
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert f"started from: {folder}" in card
+    # a LoRA is one of these weights, not of the pipeline's
+    assert (f'pipe.unet = type(pipe.unet).from_pretrained("{folder}"' in card) == (rank == 2)
+
+
+def test_inversion_dpo_compares_another_denoiser_with_the_pipelines(model, tmp_path):
+    with pytest.raises(ConfigError, match=r"inversion-dpo has no gradient .* needs unet_init"):
+        trainer(model, tmp_path, loss_type="inversion-dpo")
+    folder, start = moved(tmp_path / "sft")
+    settings = {"loss_type": "inversion-dpo", "unet_init": str(folder), "inversion_steps": 2}
+    with pytest.raises(ConfigError, match=r"and no rank; .*rank=2"):
+        trainer(model, tmp_path, rank=2, **settings)
+    run = trainer(model, tmp_path / "out", **settings)
+    assert all(torch.equal(v, start[name]) for name, v in run.policy.state_dict().items())
+    history = run.train()
+    assert all(row["grad_norm"] > 0 for row in history)
+    assert history[0]["margin_std"] > 0
+    base = tiny.unet().state_dict()
+    kept = run.learner.networks.reference.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in base.items())
+
+
 @pytest.mark.parametrize("source", ["ddim", "bdia", "renoise"])
 def test_one_path_trains_at_several_levels(model, tmp_path, source):
     run = trainer(model, tmp_path, latents=source, samples_per_inversion=3, inversion_steps=5)
