@@ -11,7 +11,9 @@ import torch
 
 from ..losses import OBJECTIVES
 from ..schedule import NoiseSchedule
+from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
+from .encoders import FAMILIES as ENCODED
 from .families import FAMILIES, Family, schedule_of
 
 _FLUX_SAMPLE_SIZE = 128
@@ -51,6 +53,29 @@ class Model:
     def resolution(self) -> int:
         """Pixels along a side that the denoiser was made for."""
         return 8 * _sample_size(self.denoiser)
+
+    def check(self, batch: PairBatch) -> None:
+        """Refuse pairs that were encoded for another family, by their shapes and names.
+
+        Raises:
+            ConfigError: naming what the denoiser takes and what came.
+        """
+        encoded, patch = ENCODED[self.pipeline], self.family.patch
+        _, channels, *sides = batch.latents.shape
+        wrong = []
+        if channels != self.latent_channels:
+            wrong.append(f"latents of {self.latent_channels} channels, got {channels}")
+        if any(side % patch for side in sides):
+            wrong.append(f"latents whose sides are multiples of {patch}, got {sides}")
+        if missing := encoded.outputs.keys() - batch.text.keys():
+            wrong.append(f"the text's {', '.join(sorted(missing))}, got {', '.join(batch.text)}")
+        if encoded.time_ids and batch.time_ids is None:
+            wrong.append("time_ids, got none")
+        if wrong:
+            raise ConfigError(
+                f"the denoiser of a {self.pipeline} takes {', and '.join(wrong)}: the pairs were "
+                "encoded for another model family"
+            )
 
 
 def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> Model:

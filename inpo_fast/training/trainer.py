@@ -51,6 +51,7 @@ class PreferenceTrainer:
 
     Raises:
         ConfigError, DataError: naming the field, or what is wrong with the pairs.
+        TrainingError: too little memory for the weights.
     """
 
     def __init__(self, config: PreferenceConfig, model: Any = None, dataset: Any = None) -> None:
@@ -70,7 +71,8 @@ class PreferenceTrainer:
                 f"output_dir {self.folder} holds the result of another training: choose another"
             )
         self.model = load_model(config, model, self.dtype)
-        self.data = open_pairs(config, self.model, dataset, accelerator, self.dtype)
+        with memory_advice(config):
+            self.data = open_pairs(config, self.model, dataset, accelerator, self.dtype)
         self.order = self._order()
         micro_batches = self.order.steps_per_epoch * config.num_train_epochs
         self.total_steps = config.max_train_steps or math.ceil(
@@ -83,9 +85,10 @@ class PreferenceTrainer:
         self.history: list[dict[str, float]] = []
         """What this process logged, every `logging_steps`, each with its `step`."""
         state = None if resume is None else self._checked(read_state(resume), resume)
-        self._build(resume)
-        if resume is not None and state is not None:
-            self._load(resume, state)
+        with memory_advice(config):
+            self._build(resume)
+            if resume is not None and state is not None:
+                self._load(resume, state)
 
     def _order(self) -> BatchOrder:
         config = self.config
@@ -204,7 +207,7 @@ class PreferenceTrainer:
             while self.step < self.total_steps:
                 for part in range(accumulation):
                     batch = next(batches)
-                    self._check_channels(batch.latents)
+                    self.model.check(batch)
                     micro = self.step * accumulation + part
                     self.learner.learn(batch, micro, last=part == accumulation - 1)
                 self.learner.meter.add({"grad_norm": self.stepper.step()})
@@ -230,14 +233,6 @@ class PreferenceTrainer:
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total_steps
-
-    def _check_channels(self, latents: Tensor) -> None:
-        wanted = self.model.latent_channels
-        if latents.shape[1] != wanted:
-            raise ConfigError(
-                f"the denoiser takes latents of {wanted} channels, got pairs with "
-                f"{latents.shape[1]}: they were encoded for another model family"
-            )
 
     def _log(self, rate: float) -> dict[str, float]:
         """Read the metrics of the interval, the one place where the host waits for the device."""

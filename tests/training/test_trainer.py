@@ -619,14 +619,45 @@ def test_out_of_memory_says_what_to_lower(model, tmp_path, monkeypatch):
     monkeypatch.setattr(run.learner, "learn", full)
     with pytest.raises(TrainingError, match=r"lower train_batch_size \(2\).*set gradient"):
         run.train()
+    # weights and moments may be too much already
+    monkeypatch.setattr("inpo_fast.training.trainer.make_optimizer", full)
+    with pytest.raises(TrainingError, match=r"^too little memory: set gradient") as caught:
+        trainer(model, tmp_path, train_batch_size=1, mixed_precision="bf16")
+    # nothing that is so already, or that would not help
+    for needless in ("train_batch_size", "mixed_precision", "cache"):
+        assert needless not in str(caught.value)
 
 
 def test_pairs_of_another_family(model, tmp_path):
     data = tiny.pairs()
     data._mean = data._mean.repeat(1, 1, 4, 1, 1)
     data.scaling = type(data.scaling)(torch.zeros(16), torch.ones(16))
-    with pytest.raises(ConfigError, match="takes latents of 4 channels, got pairs with 16"):
+    with pytest.raises(ConfigError, match="takes latents of 4 channels, got 16: the pairs were"):
         trainer(model, tmp_path, data).train()
+    # Stable Diffusion's pairs have latents as SDXL's, and less beside them
+    data = tiny.pairs()
+    del data._text["pooled_prompt_embeds"], data._empty["pooled_prompt_embeds"]
+    xl = tiny.save_pipeline(tmp_path / "xl", "StableDiffusionXLPipeline")
+    wanted = "takes the text's pooled_prompt_embeds, got prompt_embeds, and time_ids, got none"
+    with pytest.raises(ConfigError, match=wanted):
+        trainer(xl, tmp_path / "b", data, rank=2).train()
+    sd3 = tiny.save_pipeline(tmp_path / "sd3", "StableDiffusion3Pipeline")
+    with pytest.raises(ConfigError, match=r"sides are multiples of 2, got \[3, 3\]"):
+        trainer(sd3, tmp_path / "c", tiny.pairs(size=3), rank=2).train()
+
+
+def test_sizes_that_no_token_covers(tmp_path):
+    flux = tiny.save_pipeline(tmp_path / "flux", "FluxPipeline")
+    config = tiny.config(flux, tmp_path / "out", rank=2, resolution=24, dataset_name="pairs")
+    with pytest.raises(ConfigError, match=r"resolution .* multiples of 16 for a FluxPipeline"):
+        PreferenceTrainer(config)
+
+
+def test_a_cache_has_no_splits(model, tmp_path):
+    (tmp_path / "key.json").write_text("{}")
+    settings = {"dataset_name": str(tmp_path), "dataset_split_name": "train"}
+    with pytest.raises(ConfigError, match="dataset_split_name must not be given with a cache"):
+        PreferenceTrainer(tiny.config(model, tmp_path / "out", **settings))
 
 
 def test_a_batch_larger_than_the_data(model, tmp_path):
