@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.pairs import DataError
 from inpo_fast.training.trainer import PreferenceTrainer
 
-from . import tiny
+from . import samples, tiny
 
 
 @pytest.fixture(scope="module")
@@ -651,6 +652,26 @@ def test_sizes_that_no_token_covers(tmp_path):
     config = tiny.config(flux, tmp_path / "out", rank=2, resolution=24, dataset_name="pairs")
     with pytest.raises(ConfigError, match=r"resolution .* multiples of 16 for a FluxPipeline"):
         PreferenceTrainer(config)
+
+
+def test_the_command_reports_what_it_leaves_out(sd, tmp_path, capsys):
+    from inpo_fast.cli import main
+
+    pairs = samples.write_parquet(tmp_path / "pairs.parquet", samples.mixed_rows())
+    flags = ["--pretrained_model_name_or_path", str(sd), "--dataset_name", str(pairs)]
+    sizes = ["--resolution", "16", "--rank", "2", "--train_batch_size", "2"]
+    steps = ["--max_train_steps", "1", "--lr_warmup_steps", "0"]
+    assert main(["train", *flags, *sizes, *steps, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        r"rows +10\n",
+        r"usable pairs +7\n",
+        r"ties +1\n",
+        r"corrupt +2\n",
+        r"corrupt rows\n +row 3 .+\n +row 7 ",
+        r"\n1 pairs of an epoch fill no batch",
+    ):
+        assert re.search(line, printed), line
 
 
 def test_a_cache_has_no_splits(model, tmp_path):
