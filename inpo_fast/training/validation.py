@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .config import PreferenceConfig
 from .models import Model, pipeline_class
@@ -26,7 +29,8 @@ def draw_images(config: PreferenceConfig, model: Model, policy: Any, dtype: torc
     pipeline.set_progress_bar_config(disable=True)
     device = next(policy.parameters()).device
     images = []
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with autocast, _decoding_as_it_is(pipeline.vae, device):
         for prompt in config.validation_prompts:
             seeds = range(config.seed, config.seed + config.num_validation_images)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -41,6 +45,23 @@ def draw_images(config: PreferenceConfig, model: Model, policy: Any, dtype: torc
             ).images
             images.append(np.rint(np.asarray(drawn, dtype=np.float64) * 255).astype(np.uint8))
     return np.concatenate(images)
+
+
+@contextlib.contextmanager
+def _decoding_as_it_is(vae: Any, device: torch.device) -> Iterator[None]:
+    """The autoencoder decodes in its own dtype, not in autocast's: SDXL's overflows in float16, for
+    which its pipeline has made it float32."""
+    decode = vae.decode
+
+    def decode_alone(latents: Tensor, *given: Any, **options: Any) -> Any:
+        with torch.autocast(device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *given, **options)
+
+    vae.decode = decode_alone
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 def _pipeline(config: PreferenceConfig, model: Model, policy: Any, dtype: torch.dtype) -> Any:

@@ -14,9 +14,11 @@ from inpo_fast.training import policy
 from inpo_fast.training.batch import PairBatch
 from inpo_fast.training.config import ConfigError
 from inpo_fast.training.inversion import SOURCES
+from inpo_fast.training.models import load_model
 from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.pairs import DataError
 from inpo_fast.training.trainer import PreferenceTrainer
+from inpo_fast.training.validation import draw_images
 
 from . import samples, tiny
 
@@ -555,6 +557,45 @@ def test_images_and_values_reach_the_tracker(tmp_path):
     first, second = events.Images("validation")
     # the same seed, and a policy that has hardly moved
     assert first.encoded_image_string == second.encoded_image_string
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_validation_decodes_in_the_dtype_of_the_autoencoder(sdxl, tmp_path, monkeypatch, loaded):
+    """SDXL's overflows in float16, so its pipeline makes it float32, which autocast would undo."""
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+    monkeypatch.setattr(AutoencoderKL, "decode", watched := Watched(AutoencoderKL.decode))
+    config = tiny.config(
+        *(sdxl, tmp_path),
+        rank=2,
+        resolution=16,
+        validation_prompts=("a", "b"),
+        validation_inference_steps=1,
+        num_validation_images=2,
+    )
+    given = StableDiffusionXLPipeline.from_pretrained(sdxl) if loaded else None
+    pipe = load_model(config, given, torch.float16)
+    policy.lora(pipe.denoiser, torch.float16, rank=2, alpha=2, targets=("to_q",), seed=0)
+    images = draw_images(config, pipe, pipe.denoiser, torch.float16)
+    assert images.shape == (4, 16, 16, 3)
+    assert watched.calls == [(False, torch.float32)] * 2
+    assert AutoencoderKL.decode is watched
+    if loaded:
+        assert "decode" not in vars(given.vae)
+
+
+class Watched:
+    """A method of an autoencoder that notes whether autocast is on, and its dtype."""
+
+    def __init__(self, method):
+        self.method, self.calls = method, []
+
+    def __get__(self, vae, kind=None):
+        def called(*args, **kwargs):
+            self.calls.append((torch.is_autocast_enabled("cpu"), vae.dtype))
+            return self.method(vae, *args, **kwargs)
+
+        return self if vae is None else called
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
