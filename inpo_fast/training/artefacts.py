@@ -107,5 +107,5 @@ def push(folder: Path, config: PreferenceConfig) -> None:
         repo_id=repository,
         folder_path=folder,
         commit_message="Train with inpo_fast",
-        ignore_patterns=["checkpoint-*/**", ".*", "logs/**"],
+        ignore_patterns=["checkpoint-*/**", ".*", "logs/**", "validation/**"],
     )

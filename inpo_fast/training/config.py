@@ -187,7 +187,9 @@ class PreferenceConfig:
     )
     report_to: str = _option("none", "trackers: tensorboard, wandb, comet_ml, all, none", free=True)
     tracker_name: str = _option("inpo-fast", "project of the trackers", free=True)
-    validation_prompts: tuple[str, ...] = _option((), "prompts of validation images", free=True)
+    validation_prompts: tuple[str, ...] = _option(
+        (), "prompts of validation images, which go to output_dir/validation too", free=True
+    )
     validation_steps: int = _option(100, "optimiser steps between validations", free=True)
     num_validation_images: int = _option(1, "images of each prompt", free=True)
     validation_inference_steps: int = _option(25, "sampling steps of a validation image", free=True)

@@ -27,7 +27,7 @@ from .optimization import Stepper, TrainingError, check_schedule, make_optimizer
 from .order import BatchOrder
 from .processes import make_accelerator, memory_advice
 from .step import Learner, Networks
-from .validation import draw_images, log_images
+from .validation import draw_images, keep_images
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -267,7 +267,13 @@ class PreferenceTrainer:
     def _validate(self) -> None:
         with self._averaged():
             images = draw_images(self.config, self.model, self.policy, self.dtype)
-        log_images(self.accelerator, self.config, images, self.step)
+        try:
+            keep_images(self.accelerator, self.config, images, self.step)
+        except OSError as error:
+            raise TrainingError(
+                f"validation images cannot be written to {self.folder} ({error}): free disk space "
+                f"and resume with resume_from_checkpoint=latest"
+            ) from error
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

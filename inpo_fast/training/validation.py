@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import PreferenceConfig
+from .files import write_image
 from .models import Model, pipeline_class
 
 
@@ -91,9 +93,16 @@ def _pipeline(config: PreferenceConfig, model: Model, policy: Any, dtype: torch.
     return pipeline.to(next(policy.parameters()).device)
 
 
-def log_images(accelerator: Any, config: PreferenceConfig, images: Any, step: int) -> None:
-    """Send images to the trackers that show them."""
-    captions = [p for p in config.validation_prompts for _ in range(config.num_validation_images)]
+def keep_images(accelerator: Any, config: PreferenceConfig, images: Any, step: int) -> None:
+    """Write images to `validation/<step>-<prompt>-<image>.png` in the output folder, and send them
+    to the trackers that show them."""
+    count = config.num_validation_images
+    captions = [prompt for prompt in config.validation_prompts for _ in range(count)]
+    if accelerator.is_main_process:
+        folder = Path(config.output_dir) / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            write_image(folder / f"{step:06d}-{number // count}-{number % count}.png", image)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", images, step, dataformats="NHWC")

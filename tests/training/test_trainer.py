@@ -1,12 +1,14 @@
 """Training end to end on tiny models: what is learnt, what is kept, what is written."""
 
 import dataclasses
+import io
 import json
 import math
 import re
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inpo_fast.losses import OBJECTIVES
@@ -488,7 +490,10 @@ def test_the_result_is_uploaded_without_checkpoints(model, tmp_path, monkeypatch
 
     monkeypatch.setattr(huggingface_hub, "create_repo", create)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
-    trainer(model, tmp_path / "mine", rank=2, push_to_hub=True, checkpointing_steps=1).train()
+    run = trainer(model, tmp_path / "mine", rank=2, push_to_hub=True, checkpointing_steps=1)
+    (run.folder / "validation").mkdir(parents=True)
+    (run.folder / "validation" / "000001-0-0.png").touch()
+    run.train()
     assert seen["repo_id"] == "me/mine"
     assert seen["files"] == [
         "README.md",
@@ -528,6 +533,11 @@ def test_the_quickstart(tmp_path, monkeypatch):
     assert image.size == (64, 64)
 
 
+def shown(event):
+    """The picture in an event of a tracker."""
+    return Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
+
+
 def test_images_and_values_reach_the_tracker(tmp_path):
     """On the shipped pipeline, whose autoencoder and text encoder are not in memory otherwise."""
     pytest.importorskip("tensorboard")
@@ -557,6 +567,10 @@ def test_images_and_values_reach_the_tracker(tmp_path):
     first, second = events.Images("validation")
     # the same seed, and a policy that has hardly moved
     assert first.encoded_image_string == second.encoded_image_string
+    # and files, for those who have no tracker
+    files = sorted((tmp_path / "validation").iterdir())
+    assert [path.name for path in files] == ["000001-0-0.png", "000002-0-0.png"]
+    assert Image.open(files[0]).tobytes() == shown(first).tobytes()
 
 
 @pytest.mark.parametrize("loaded", [False, True])
