@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inpo_fast.losses import OBJECTIVES
@@ -424,6 +425,15 @@ def test_fused_layers_need_a_gpu(model, tmp_path):
 def test_cuda_graphs_need_a_gpu(model, tmp_path):
     with pytest.raises(ConfigError, match="cuda_graphs needs a GPU, got the device cpu"):
         trainer(model, tmp_path, cuda_graphs=True)
+
+
+def test_a_lora_file_does_not_depend_on_the_process(model, tmp_path):
+    """Names in a set have an order that is drawn when Python starts."""
+    targets = ("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "net.2", "net.0.proj")
+    trainer(model, tmp_path, rank=2, lora_target_modules=targets, max_train_steps=1).train()
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert adapter["unet.target_modules"] == sorted(targets)
 
 
 def test_a_lora_with_kohyas_names(model, tmp_path):
