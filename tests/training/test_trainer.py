@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inpo_fast import ops
 from inpo_fast.losses import OBJECTIVES
 from inpo_fast.training import policy
 from inpo_fast.training.batch import PairBatch
@@ -225,6 +226,33 @@ def test_every_objective_trains(model, tmp_path, loss):
     history = run.train()
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in history)
     assert (run.learner.networks.reference is None) == (loss in ("mapo", "sft"))
+
+
+@pytest.mark.parametrize("loss", ["inpo", "dpo", "ipo", "smpo", "dmpo", "mapo", "kto"])
+def test_every_preference_objective_prefers_the_winners(model, tmp_path, loss):
+    run = trainer(
+        *(model, tmp_path),
+        loss_type=loss,
+        beta_dpo=10.0,
+        latents="q_sample",
+        train_batch_size=tiny.PAIRS,
+        learning_rate=3e-3,
+    )
+    run.train()
+    batch = next(run.data.loader(run.order))
+    generator = torch.Generator().manual_seed(5)
+    levels = [[500] * 2 * tiny.PAIRS]
+    path = SOURCES["q_sample"](batch.latents, levels, run.model.schedule, generator=generator)
+    (point,) = path.run(run.policy)
+    text = batch.paired_text["prompt_embeds"]
+    reference = tiny.unet()
+    with torch.no_grad():
+        ours, theirs = (
+            net(point.latents, point.timesteps, text).sample for net in (run.policy, reference)
+        )
+    errors = ops.preference_errors(ours, theirs, point.target)
+    winners, losers = (errors.e_ref - errors.e_theta).chunk(2)
+    assert winners.mean() > losers.mean() + 1e-4
 
 
 def moved(folder, component="unet", seed=1):
