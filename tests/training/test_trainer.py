@@ -255,6 +255,55 @@ def test_every_preference_objective_prefers_the_winners(model, tmp_path, loss):
     assert winners.mean() > losers.mean() + 1e-4
 
 
+def handed_over(run):
+    """What every micro-batch of a run hands to its objective: outputs, target, settings."""
+    seen, function = [], run.learner.objective.function
+
+    def spy(policy, reference, target, **settings):
+        seen.append((policy.detach(), reference, target, settings))
+        return function(policy, reference, target, **settings)
+
+    run.learner.objective = dataclasses.replace(run.learner.objective, function=spy)
+    run.train()
+    return seen
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_kto_compares_with_the_mean_gain_of_the_batch_where_it_is_positive(model, tmp_path, better):
+    run = trainer(model, tmp_path, loss_type="kto", latents="q_sample", max_train_steps=1)
+    # a policy that has learnt to say less, or more, than its reference, which says nothing yet
+    torch.nn.init.zeros_(run.policy.conv_out.weight)
+    torch.nn.init.zeros_(run.policy.conv_out.bias)
+    worse = run.learner.networks.reference if better else run.policy
+    torch.nn.init.constant_(worse.conv_out.bias, 1.0)
+    ((policy_output, reference, target, given),) = handed_over(run)
+    gain = ((reference - target) ** 2 - (policy_output - target) ** 2).mean()
+    assert (gain > 0.1) == better and abs(gain) > 0.1
+    assert given["kl"].item() == pytest.approx(gain.item() if better else 0.0, rel=1e-6)
+    assert given["desirable"].tolist() == [True, True, False, False]
+
+
+def test_inversion_dpo_is_told_the_levels_of_its_samples(model, tmp_path):
+    from diffusers import DDIMScheduler
+
+    folder, _ = moved(tmp_path / "sft")
+    settings = {"unet_init": str(folder), "latents": "q_sample"}
+    run = trainer(model, tmp_path / "out", loss_type="inversion-dpo", **settings)
+    predict, times = run.learner._predict, []
+
+    def watched(network, call, told):
+        times.append(call.timesteps)
+        return predict(network, call, told)
+
+    run.learner._predict = watched
+    table = DDIMScheduler.from_pretrained(model, subfolder="scheduler").alphas_cumprod
+    levels = [given["alphas_cumprod"] for *_, given in handed_over(run)]
+    # policy and reference are called at each
+    assert [t.tolist() for t in times[::2]] == [t.tolist() for t in times[1::2]]
+    for level, t in zip(levels, times[::2], strict=True):
+        assert torch.allclose(level, table[t], rtol=1e-6, atol=0)
+
+
 def moved(folder, component="unet", seed=1):
     """The tiny denoiser with other weights, as a folder or a pipeline's has it."""
     unet = tiny.unet()
