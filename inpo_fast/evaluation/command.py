@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..environment import available_device, machine, versions
 from ..naming import naming
+from ..pipelines.loading import add_overwrite_argument, writable
 from ..training.files import write_json
 from .compare import Settings, as_json, compare
 from .models import fingerprint, load_pipeline
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, required=True, help="file of the result")
     parser.add_argument("--images", type=Path, help="folder for the images, side by side as PNG")
+    add_overwrite_argument(parser)
     parser.add_argument(
         "--num_seeds", type=int, default=1, help="images of a prompt (default: %(default)s)"
     )
@@ -96,12 +98,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     # before anything is drawn: a missing package or folder should not cost an hour
     available_device(arguments.device)
-    if arguments.json.is_dir() or not arguments.json.parent.is_dir():
-        raise ValueError(f"--json must be a file in a folder that exists, got {arguments.json}")
+    writable(str(arguments.json), overwrite=arguments.overwrite)
+    shown = None
+    if arguments.images is not None:
+        shown = _SideBySide(arguments.images, overwrite=arguments.overwrite)
     scorers = {name: make_scorer(name, arguments.device) for name in arguments.scorer}
     results = {"candidate": arguments.candidate, "baseline": arguments.baseline}
     hashes = {name: fingerprint(base, result) for name, result in results.items()}
-    shown = _SideBySide(arguments.images) if arguments.images is not None else None
     compared, schedulers = compare(
         lambda: load_pipeline(base, arguments.candidate, dtype=dtype, device=arguments.device),
         lambda: load_pipeline(base, arguments.baseline, dtype=dtype, device=arguments.device),
@@ -152,7 +155,12 @@ def _prompts(path: Path) -> tuple[str, ...]:
 class _SideBySide:
     """Writes `<prompt>-<seed>.png` with the candidate on the left and the baseline on the right."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, overwrite: bool) -> None:
+        if not overwrite and folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"--images {folder} is not empty; name another folder, or give --overwrite to "
+                "replace pictures"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
 

@@ -201,6 +201,25 @@ def test_the_command_pins_everything(tmp_path, trained, capsys):
     assert Image.open(tmp_path / "images" / names[0]).size == (128, 64)
 
 
+def test_results_are_overwritten_only_when_told_to(tmp_path, trained, capsys, monkeypatch):
+    def drawn(*_, **__):
+        raise ValueError("drawing begins")
+
+    monkeypatch.setattr("inpo_fast.evaluation.command.compare", drawn)
+    result = tmp_path / "eval.json"
+    result.write_text("mine")
+    assert run(tmp_path, trained) == 1
+    assert f"{result} exists; name another file, or give --overwrite" in capsys.readouterr().err
+    result.unlink()
+    (tmp_path / "images").mkdir(exist_ok=True)
+    (tmp_path / "images" / "00000-0.png").touch()
+    assert run(tmp_path, trained) == 1
+    assert "images is not empty; name another folder, or give --over" in capsys.readouterr().err
+    result.write_text("mine")
+    assert run(tmp_path, trained, "--overwrite") == 1
+    assert "drawing begins" in capsys.readouterr().err
+
+
 def test_the_command_refuses_what_is_no_model(tmp_path, trained, capsys):
     shutil.rmtree(trained / "unet")
     assert run(tmp_path, trained) == 1
