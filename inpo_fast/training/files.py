@@ -18,10 +18,18 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file."""
+    """A safetensors file.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    _replace(path, lambda part: save_file(dict(tensors), part, metadata=dict(metadata)))
+    try:
+        _replace(path, lambda part: save_file(dict(tensors), part, metadata=dict(metadata)))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def write_image(path: Path, pixels: NDArray[np.uint8]) -> None:
