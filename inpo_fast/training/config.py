@@ -268,10 +268,12 @@ class PreferenceConfig:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields that decide the weights and differ from a checkpoint's, a line each."""
         lines = []
+        # a run can be made longer where its learning rate does not look at the end
+        longer = _LENGTH if self.lr_scheduler in _ENDLESS else ()
         for spec in fields(self):
             mine, theirs = getattr(self, spec.name), other.get(spec.name)
             theirs = tuple(theirs) if isinstance(theirs, list) else theirs
-            if not spec.metadata["free"] and mine != theirs:
+            if not (spec.metadata["free"] or spec.name in longer) and mine != theirs:
                 lines.append(f"{spec.name}: the checkpoint has {theirs!r}, this run {mine!r}")
         return lines
 
@@ -293,6 +295,9 @@ class PreferenceConfig:
         as_tuples = {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
         return cls(**{**given, **as_tuples})
 
+
+_ENDLESS = ("constant", "constant_with_warmup")
+_LENGTH = ("max_train_steps", "num_train_epochs")
 
 _Rule = tuple[str, Callable[[Any], bool], str]
 
