@@ -19,6 +19,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         trainer = PreferenceTrainer(PreferenceConfig.from_arguments(arguments))
+        if trainer.data.report is not None:
+            # what is trained on, and what is left out and why
+            left_out = f"{trainer.order.left_out} pairs of an epoch fill no batch and are left out"
+            trainer.accelerator.print(f"{trainer.data.report.text()}\n{left_out}")
         trainer.train()
     except (ConfigError, DataError, TrainingError) as error:
         print(f"inpo-fast train: {error}", file=sys.stderr)

@@ -36,6 +36,8 @@ class Objective:
             label is taken as sure.
         latents: where its paper takes the noisy latents from, a name in
             `inpo_fast.training.SOURCES`.
+        starts_apart: whether the gradient is 0 at policy = reference, so that a training has to
+            start from another policy.
         additive: whether the gradient of a batch is the mean over its micro-batches.
         defaults: settings of its public script, by keyword (for SD1.5 where they differ).
     """
@@ -46,6 +48,7 @@ class Objective:
     inputs: tuple[str, ...] = ()
     probability: Literal["preference", "label_smoothing"] | None = None
     latents: Literal["q_sample", "ddim", "renoise"] = "q_sample"
+    starts_apart: bool = False
     additive: bool = True
     defaults: Mapping[str, float] = field(default_factory=dict)
 
@@ -73,6 +76,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             inversion_dpo_loss,
             inputs=("alphas_cumprod",),
             latents="ddim",
+            starts_apart=True,
             defaults={"beta": 2000.0},
         ),
         "mapo": Objective(mapo_loss, needs_reference=False, defaults={"beta": 0.1}),

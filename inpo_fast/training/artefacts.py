@@ -63,8 +63,15 @@ def model_card(config: PreferenceConfig, model: Model, steps: int, folder: Path)
         else f"pipe.{component} = type(pipe.{component}).from_pretrained("
         f'"{config.hub_model_id or folder.name}", subfolder="{component}")'
     )
+    started = config.unet_init
+    if lora and started is not None:
+        where = f'"{started}"'
+        if not (Path(started) / "config.json").is_file():
+            where += f', subfolder="{component}"'
+        load = f"pipe.{component} = type(pipe.{component}).from_pretrained({where})\n{load}"
     settings = {
         "base model": base,
+        **({} if started is None else {"started from": started}),
         "preference data": config.dataset_name or "pairs given to PreferenceTrainer",
         "objective": config.loss_type,
         "β": config.beta,
@@ -100,5 +107,5 @@ def push(folder: Path, config: PreferenceConfig) -> None:
         repo_id=repository,
         folder_path=folder,
         commit_message="Train with inpo_fast",
-        ignore_patterns=["checkpoint-*/**", ".*", "logs/**"],
+        ignore_patterns=["checkpoint-*/**", ".*", "logs/**", "validation/**"],
     )

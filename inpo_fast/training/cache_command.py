@@ -82,8 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
         report = writer.write(
             device=device, shard_size=arguments.shard_size, num_workers=arguments.num_workers
         )
-    except (DataError, OSError) as error:
+    except DataError as error:
         print(f"inpo-fast cache: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"inpo-fast cache: {error}: free disk space if there is none, and run this again, "
+            "which goes on after the last whole shard",
+            file=sys.stderr,
+        )
         return 1
     print(report.text())
     print(f"\nThe cache is in {arguments.output}")

@@ -42,7 +42,9 @@ class PreferenceConfig:
     revision: str | None = _option(None, "revision of the model on the hub")
     variant: str | None = _option(None, "variant of the weight files, as fp16")
     unet_init: str | None = _option(
-        None, "denoiser that policy and reference start from, instead of the pipeline's"
+        None,
+        "denoiser that policy and reference start from, instead of the pipeline's; for "
+        "inversion-dpo the policy alone",
     )
 
     dataset_name: str | None = _option(
@@ -185,7 +187,9 @@ class PreferenceConfig:
     )
     report_to: str = _option("none", "trackers: tensorboard, wandb, comet_ml, all, none", free=True)
     tracker_name: str = _option("inpo-fast", "project of the trackers", free=True)
-    validation_prompts: tuple[str, ...] = _option((), "prompts of validation images", free=True)
+    validation_prompts: tuple[str, ...] = _option(
+        (), "prompts of validation images, which go to output_dir/validation too", free=True
+    )
     validation_steps: int = _option(100, "optimiser steps between validations", free=True)
     num_validation_images: int = _option(1, "images of each prompt", free=True)
     validation_inference_steps: int = _option(25, "sampling steps of a validation image", free=True)
@@ -218,6 +222,13 @@ class PreferenceConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(table)}, got {given!r}")
         if self.beta_dpo is not None and "beta" not in OBJECTIVES[self.loss_type].defaults:
             raise ConfigError(f"loss_type={self.loss_type} has no beta_dpo, got {self.beta_dpo}")
+        if OBJECTIVES[self.loss_type].starts_apart and (self.unet_init is None or self.rank):
+            raise ConfigError(
+                f"loss_type={self.loss_type} has no gradient where the policy equals its "
+                f"reference, the pipeline's denoiser: it needs unet_init, another denoiser to "
+                f"start the policy from, and no rank; got unet_init={self.unet_init} and "
+                f"rank={self.rank}"
+            )
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ConfigError("use_8bit_adam needs optimizer=adamw, got adafactor")
         if self.ties == "soft" and OBJECTIVES[self.loss_type].probability is None:
@@ -257,10 +268,12 @@ class PreferenceConfig:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields that decide the weights and differ from a checkpoint's, a line each."""
         lines = []
+        # a run can be made longer where its learning rate does not look at the end
+        longer = _LENGTH if self.lr_scheduler in _ENDLESS else ()
         for spec in fields(self):
             mine, theirs = getattr(self, spec.name), other.get(spec.name)
             theirs = tuple(theirs) if isinstance(theirs, list) else theirs
-            if not spec.metadata["free"] and mine != theirs:
+            if not (spec.metadata["free"] or spec.name in longer) and mine != theirs:
                 lines.append(f"{spec.name}: the checkpoint has {theirs!r}, this run {mine!r}")
         return lines
 
@@ -282,6 +295,9 @@ class PreferenceConfig:
         as_tuples = {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
         return cls(**{**given, **as_tuples})
 
+
+_ENDLESS = ("constant", "constant_with_warmup")
+_LENGTH = ("max_train_steps", "num_train_epochs")
 
 _Rule = tuple[str, Callable[[Any], bool], str]
 

@@ -40,12 +40,14 @@ class Family:
         predict: calls it on [B, C, h, w] x_t with [B] times.
         blocks: class names of its repeated blocks, which `compile=blocks` compiles.
         full: whether all weights can be trained; else only a LoRA.
+        patch: latents along a side of a token; height and width must be multiples of it.
     """
 
     component: str
     predict: Predict
     blocks: tuple[str, ...]
     full: bool
+    patch: int = 1
 
 
 def _unet(model: nn.Module, latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
@@ -115,9 +117,15 @@ _UNET_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 FAMILIES: Mapping[str, Family] = {
     "StableDiffusionPipeline": Family("unet", _unet, _UNET_BLOCKS, full=True),
     "StableDiffusionXLPipeline": Family("unet", _unet_xl, _UNET_BLOCKS, full=True),
-    "StableDiffusion3Pipeline": Family("transformer", _sd3, ("JointTransformerBlock",), full=False),
+    "StableDiffusion3Pipeline": Family(
+        "transformer", _sd3, ("JointTransformerBlock",), full=False, patch=2
+    ),
     "FluxPipeline": Family(
-        "transformer", _flux, ("FluxTransformerBlock", "FluxSingleTransformerBlock"), full=False
+        "transformer",
+        _flux,
+        ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+        full=False,
+        patch=2,
     ),
 }
 """By the pipeline's class."""

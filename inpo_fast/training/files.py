@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -16,10 +18,25 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file."""
+    """A safetensors file.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    _replace(path, lambda part: save_file(dict(tensors), part, metadata=dict(metadata)))
+    try:
+        _replace(path, lambda part: save_file(dict(tensors), part, metadata=dict(metadata)))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def write_image(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """A PNG of [H, W, 3]."""
+    from PIL import Image
+
+    _replace(path, lambda part: Image.fromarray(pixels).save(part, format="PNG"))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -77,6 +77,10 @@ class Preprocess:
         Raises:
             ValueError: naming the flag.
         """
+        if aspect_ratio_buckets is None and (resolution < _FACTOR or resolution % _FACTOR):
+            raise ValueError(
+                f"resolution must be a positive multiple of {_FACTOR}, got {resolution}"
+            )
         buckets = [(resolution, resolution)]
         if aspect_ratio_buckets is not None:
             written = [part.strip() for part in aspect_ratio_buckets.split(";")]

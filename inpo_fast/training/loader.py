@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import draws
 from .batch import PairBatch
+from .examine import Report
 from .order import BatchOrder, Last, Pick
 
 
@@ -58,7 +59,14 @@ class Randomness:
 
 
 class PairData(ABC):
-    """Preference pairs that a trainer draws batches from."""
+    """Preference pairs that a trainer draws batches from.
+
+    Attributes:
+        report: counts of the source, with the rows that are left out as corrupt; None where nothing
+            was counted.
+    """
+
+    report: Report | None = None
 
     @property
     @abstractmethod

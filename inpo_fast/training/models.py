@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from ..losses import OBJECTIVES
 from ..schedule import NoiseSchedule
+from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
+from .encoders import FAMILIES as ENCODED
 from .families import FAMILIES, Family, schedule_of
 
 _FLUX_SAMPLE_SIZE = 128
@@ -26,12 +29,15 @@ class Model:
         schedule: its noise levels.
         pipeline: class of the pipeline, a key of `FAMILIES`.
         loaded: the pipeline, where the caller gave one.
+        reference: the denoiser to compare with; None where that is the one that is trained, as it
+            is at the start.
     """
 
     denoiser: Any
     schedule: NoiseSchedule
     pipeline: str
     loaded: Any = None
+    reference: Any = None
 
     @property
     def family(self) -> Family:
@@ -47,6 +53,29 @@ class Model:
     def resolution(self) -> int:
         """Pixels along a side that the denoiser was made for."""
         return 8 * _sample_size(self.denoiser)
+
+    def check(self, batch: PairBatch) -> None:
+        """Refuse pairs that were encoded for another family, by their shapes and names.
+
+        Raises:
+            ConfigError: naming what the denoiser takes and what came.
+        """
+        encoded, patch = ENCODED[self.pipeline], self.family.patch
+        _, channels, *sides = batch.latents.shape
+        wrong = []
+        if channels != self.latent_channels:
+            wrong.append(f"latents of {self.latent_channels} channels, got {channels}")
+        if any(side % patch for side in sides):
+            wrong.append(f"latents whose sides are multiples of {patch}, got {sides}")
+        if missing := encoded.outputs.keys() - batch.text.keys():
+            wrong.append(f"the text's {', '.join(sorted(missing))}, got {', '.join(batch.text)}")
+        if encoded.time_ids and batch.time_ids is None:
+            wrong.append("time_ids, got none")
+        if wrong:
+            raise ConfigError(
+                f"the denoiser of a {self.pipeline} takes {', and '.join(wrong)}: the pairs were "
+                "encoded for another model family"
+            )
 
 
 def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> Model:
@@ -70,8 +99,9 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
         raise ConfigError(f"rank must be given: a {name} is trained by LoRA only")
     options = {"dtype": torch.float32 if config.rank is None else dtype}
     parts = _denoiser_and_scheduler(config, family, options) if pipeline is None else pipeline
-    denoiser = getattr(parts, family.component)
+    denoiser, reference = getattr(parts, family.component), None
     if config.unet_init is not None:
+        reference = denoiser if OBJECTIVES[config.loss_type].starts_apart else None
         denoiser = _other_denoiser(config.unet_init, type(denoiser), family.component, options)
     side = config.resolution // 8 if config.resolution else _sample_size(denoiser)
     try:
@@ -79,7 +109,7 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
         schedule = schedule_of(parts.scheduler, (side // 2) ** 2)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the model's scheduler cannot be trained on: {error}") from error
-    return Model(denoiser, schedule, name, pipeline)
+    return Model(denoiser, schedule, name, pipeline, reference)
 
 
 def pipeline_class(name: str) -> Any:

@@ -62,7 +62,18 @@ def open_pairs(
             variant=config.variant,
         )
 
+    wanted = 8 * model.family.patch
+    if any(side % wanted for size in preprocess.buckets for side in size):
+        raise ConfigError(
+            f"resolution and aspect_ratio_buckets must be multiples of {wanted} for a "
+            f"{model.pipeline}, got {preprocess.buckets}"
+        )
     if isinstance(source, (str, Path)) and is_cache(source):
+        if config.dataset_split_name is not None:
+            raise ConfigError(
+                f"dataset_split_name must not be given with a cache, which has no splits, got "
+                f"{config.dataset_split_name}"
+            )
         return CachedPairs(source, training_key(files(), rules))
     if model.loaded is None:
         encoders = Encoders.load(files(), dtype=dtype, device=accelerator.device)

@@ -27,15 +27,19 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def full(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def full(
+    model: nn.Module, dtype: torch.dtype, reference: nn.Module | None = None
+) -> tuple[nn.Module, nn.Module]:
     """(policy, reference) where all weights are trained.
 
     Args:
         model: becomes the policy, in float32.
         dtype: of the model calls.
+        reference: becomes the reference; None copies the policy.
     """
     model.float()
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = copy.deepcopy(model) if reference is None else reference.float()
+    reference.requires_grad_(False)
     if dtype != torch.float32:
         # What autocast would cast at every call. Norms stay: autocast computes them in float32,
         # and from rounded weights they would differ from the policy's.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .cache import is_cache
 from .config import ConfigError, PreferenceConfig
 from .optimization import TrainingError
 
@@ -73,10 +74,12 @@ def memory_advice(config: PreferenceConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        advice = [
-            f"lower train_batch_size ({config.train_batch_size}) and raise "
-            "gradient_accumulation_steps by the same factor"
-        ]
+        advice = []
+        if config.train_batch_size > 1:
+            advice.append(
+                f"lower train_batch_size ({config.train_batch_size}) and raise "
+                "gradient_accumulation_steps by the same factor"
+            )
         if not config.gradient_checkpointing:
             advice.append("set gradient_checkpointing")
         if config.mixed_precision in (None, "no"):
@@ -85,5 +88,7 @@ def memory_advice(config: PreferenceConfig) -> Iterator[None]:
             advice.append("train a LoRA (rank=8)")
             if not config.use_8bit_adam and config.optimizer == "adamw":
                 advice.append("set use_8bit_adam or optimizer=adafactor")
-        advice.append("train from a cache (inpo-fast cache), which needs no encoders")
+        if config.dataset_name is not None and not is_cache(config.dataset_name):
+            advice.append("train from a cache (inpo-fast cache), which needs no encoders")
+        advice.append("lower resolution")
         raise TrainingError("too little memory: " + "; or ".join(advice) + f" ({error})") from error

@@ -93,7 +93,7 @@ class MemoryPairs(EncodedPairs):
         scaling: see `Scaling`; None for latents that are the denoiser's already.
         empty_text: the empty prompt's, [...] by the same names; needed to drop captions.
         time_ids: [N, 2, 6], or None.
-        label: [N]; None for ones.
+        label: [N] probability that the winner is the better one; None for ones.
     """
 
     flips = False
@@ -121,6 +121,10 @@ class MemoryPairs(EncodedPairs):
                 raise ValueError(
                     f"{name} must have an entry for each of {len(mean)} pairs, got {len(value)}"
                 )
+        if label is not None and not bool(((label >= 0) & (label <= 1)).all()):
+            raise ValueError(
+                f"label must be probabilities, in [0, 1], got {label.min()} … {label.max()}"
+            )
         if empty_text is not None and empty_text.keys() != text.keys():
             raise ValueError(
                 f"empty_text must have the names of text, {sorted(text)}, got {sorted(empty_text)}"

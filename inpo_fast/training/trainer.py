@@ -27,7 +27,7 @@ from .optimization import Stepper, TrainingError, check_schedule, make_optimizer
 from .order import BatchOrder
 from .processes import make_accelerator, memory_advice
 from .step import Learner, Networks
-from .validation import draw_images, log_images
+from .validation import draw_images, keep_images
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,6 +51,7 @@ class PreferenceTrainer:
 
     Raises:
         ConfigError, DataError: naming the field, or what is wrong with the pairs.
+        TrainingError: too little memory for the weights.
     """
 
     def __init__(self, config: PreferenceConfig, model: Any = None, dataset: Any = None) -> None:
@@ -70,7 +71,8 @@ class PreferenceTrainer:
                 f"output_dir {self.folder} holds the result of another training: choose another"
             )
         self.model = load_model(config, model, self.dtype)
-        self.data = open_pairs(config, self.model, dataset, accelerator, self.dtype)
+        with memory_advice(config):
+            self.data = open_pairs(config, self.model, dataset, accelerator, self.dtype)
         self.order = self._order()
         micro_batches = self.order.steps_per_epoch * config.num_train_epochs
         self.total_steps = config.max_train_steps or math.ceil(
@@ -83,9 +85,10 @@ class PreferenceTrainer:
         self.history: list[dict[str, float]] = []
         """What this process logged, every `logging_steps`, each with its `step`."""
         state = None if resume is None else self._checked(read_state(resume), resume)
-        self._build(resume)
-        if resume is not None and state is not None:
-            self._load(resume, state)
+        with memory_advice(config):
+            self._build(resume)
+            if resume is not None and state is not None:
+                self._load(resume, state)
 
     def _order(self) -> BatchOrder:
         config = self.config
@@ -108,7 +111,10 @@ class PreferenceTrainer:
         config, accelerator = self.config, self.accelerator
         denoiser = self.model.denoiser.to(accelerator.device)
         if config.rank is None:
-            trained, reference = policy.full(denoiser, self.dtype)
+            reference = self.model.reference
+            if reference is not None:
+                reference.to(accelerator.device)
+            trained, reference = policy.full(denoiser, self.dtype, reference)
         else:
             trained, reference = policy.lora(
                 denoiser,
@@ -201,7 +207,7 @@ class PreferenceTrainer:
             while self.step < self.total_steps:
                 for part in range(accumulation):
                     batch = next(batches)
-                    self._check_channels(batch.latents)
+                    self.model.check(batch)
                     micro = self.step * accumulation + part
                     self.learner.learn(batch, micro, last=part == accumulation - 1)
                 self.learner.meter.add({"grad_norm": self.stepper.step()})
@@ -227,14 +233,6 @@ class PreferenceTrainer:
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total_steps
-
-    def _check_channels(self, latents: Tensor) -> None:
-        wanted = self.model.latent_channels
-        if latents.shape[1] != wanted:
-            raise ConfigError(
-                f"the denoiser takes latents of {wanted} channels, got pairs with "
-                f"{latents.shape[1]}: they were encoded for another model family"
-            )
 
     def _log(self, rate: float) -> dict[str, float]:
         """Read the metrics of the interval, the one place where the host waits for the device."""
@@ -269,7 +267,13 @@ class PreferenceTrainer:
     def _validate(self) -> None:
         with self._averaged():
             images = draw_images(self.config, self.model, self.policy, self.dtype)
-        log_images(self.accelerator, self.config, images, self.step)
+        try:
+            keep_images(self.accelerator, self.config, images, self.step)
+        except OSError as error:
+            raise TrainingError(
+                f"validation images cannot be written to {self.folder} ({error}): free disk space "
+                f"and resume with resume_from_checkpoint=latest"
+            ) from error
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .config import PreferenceConfig
+from .files import write_image
 from .models import Model, pipeline_class
 
 
@@ -26,7 +31,8 @@ def draw_images(config: PreferenceConfig, model: Model, policy: Any, dtype: torc
     pipeline.set_progress_bar_config(disable=True)
     device = next(policy.parameters()).device
     images = []
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with autocast, _decoding_as_it_is(pipeline.vae, device):
         for prompt in config.validation_prompts:
             seeds = range(config.seed, config.seed + config.num_validation_images)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -41,6 +47,23 @@ def draw_images(config: PreferenceConfig, model: Model, policy: Any, dtype: torc
             ).images
             images.append(np.rint(np.asarray(drawn, dtype=np.float64) * 255).astype(np.uint8))
     return np.concatenate(images)
+
+
+@contextlib.contextmanager
+def _decoding_as_it_is(vae: Any, device: torch.device) -> Iterator[None]:
+    """The autoencoder decodes in its own dtype, not in autocast's: SDXL's overflows in float16, for
+    which its pipeline has made it float32."""
+    decode = vae.decode
+
+    def decode_alone(latents: Tensor, *given: Any, **options: Any) -> Any:
+        with torch.autocast(device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *given, **options)
+
+    vae.decode = decode_alone
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 def _pipeline(config: PreferenceConfig, model: Model, policy: Any, dtype: torch.dtype) -> Any:
@@ -70,9 +93,16 @@ def _pipeline(config: PreferenceConfig, model: Model, policy: Any, dtype: torch.
     return pipeline.to(next(policy.parameters()).device)
 
 
-def log_images(accelerator: Any, config: PreferenceConfig, images: Any, step: int) -> None:
-    """Send images to the trackers that show them."""
-    captions = [p for p in config.validation_prompts for _ in range(config.num_validation_images)]
+def keep_images(accelerator: Any, config: PreferenceConfig, images: Any, step: int) -> None:
+    """Write images to `validation/<step>-<prompt>-<image>.png` in the output folder, and send them
+    to the trackers that show them."""
+    count = config.num_validation_images
+    captions = [prompt for prompt in config.validation_prompts for _ in range(count)]
+    if accelerator.is_main_process:
+        folder = Path(config.output_dir) / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            write_image(folder / f"{step:06d}-{number // count}-{number % count}.png", image)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", images, step, dataformats="NHWC")

@@ -84,10 +84,14 @@ def save_lora(
     from peft.utils import get_peft_model_state_dict
 
     layers = get_peft_model_state_dict(model, state_dict=state)
+    metadata = _collate_lora_metadata({component: model})
+    for adapter in metadata.values():
+        # names in a set would come in another order in every process, and no file equal another
+        adapter.update({k: sorted(v) for k, v in adapter.items() if isinstance(v, set)})
     _pipeline_class(pipeline).save_lora_weights(
         folder,
         **{f"{component}_lora_layers": {k: v.contiguous() for k, v in layers.items()}},
-        **_collate_lora_metadata({component: model}),
+        **metadata,
     )
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from inpo_fast import cli
 from inpo_fast.training.cache import CachedPairs, CacheWriter, training_key
@@ -265,18 +266,33 @@ def test_a_finished_cache_is_left_alone(source, sd, tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").iterdir()} == before
 
 
-def test_a_full_disk_leaves_nothing_half_written(source, sd, tmp_path, monkeypatch):
+# safetensors has an error of its own, with the system's in its text
+FULL = [
+    OSError(28, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["system", "safetensors"])
+def test_a_full_disk_leaves_nothing_half_written(error, source, sd, tmp_path, monkeypatch, capsys):
     import safetensors.torch
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
+    flags = ["--aspect_ratio_buckets", "16,24;24,16", "--ties", "soft", "--device", "cpu"]
+    where = ["--model", str(sd), "--output", str(tmp_path / "c")]
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(OSError, match="No space left"):
             writer(tmp_path / "c", source, sd).write()
+        shutil.rmtree(tmp_path / "c")
+        assert cli.main(["cache", source.name, *where, *flags]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("inpo-fast cache: ") and "free disk space" in said
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["key.json"]
+    shutil.rmtree(tmp_path / "c")
     writer(tmp_path / "c", source, sd).write()
     assert len(CachedPairs(tmp_path / "c")) == 8
 

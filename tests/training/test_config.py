@@ -129,6 +129,11 @@ def test_what_may_change_when_a_run_is_resumed():
     before = PreferenceConfig(validation_prompts=("a",)).to_dict()
     after = PreferenceConfig(logging_steps=3, checkpoints_total_limit=2, validation_prompts=("b",))
     assert after.differences(before) == []
+    # more steps, unless the learning rate was made for so many
+    assert PreferenceConfig(max_train_steps=9, num_train_epochs=2).differences(before) == []
+    cosine = PreferenceConfig(lr_scheduler="cosine").to_dict()
+    longer = PreferenceConfig(lr_scheduler="cosine", max_train_steps=9)
+    assert longer.differences(cosine) == ["max_train_steps: the checkpoint has None, this run 9"]
     lines = PreferenceConfig(learning_rate=1e-3, rank=4).differences(before)
     assert lines == [
         "rank: the checkpoint has None, this run 4",

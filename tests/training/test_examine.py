@@ -103,7 +103,7 @@ def test_command_prints_text(path, capsys):
     [
         (["nowhere.parquet"], "a data set's name, and there is no nowhere.parquet"),
         (["SOURCE", "--ties", "error"], "row 2 is a tie"),
-        (["SOURCE", "--resolution", "30"], "positive multiples of 8, got 30,30"),
+        (["SOURCE", "--resolution", "30"], "resolution must be a positive multiple of 8, got 30"),
         (["SOURCE", "--split", "test"], "has no splits, got split test"),
         (["SOURCE", "--streaming"], "streaming is for a data set that is named"),
     ],

@@ -139,8 +139,8 @@ def test_garbage_is_corrupt_or_an_image():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"resolution": 100}, "positive multiples of 8, got 100,100"),
-        ({"resolution": 0}, "positive multiples of 8, got 0,0"),
+        ({"resolution": 100}, "resolution must be a positive multiple of 8, got 100"),
+        ({"resolution": 0}, "resolution must be a positive multiple of 8, got 0"),
         ({"aspect_ratio_buckets": ""}, "must be written h,w;h,w, got ''"),
         ({"aspect_ratio_buckets": "64x64"}, "must be written h,w;h,w, got '64x64'"),
         ({"aspect_ratio_buckets": "64,64;"}, "must be written h,w;h,w"),

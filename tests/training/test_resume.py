@@ -89,6 +89,17 @@ def test_a_resumed_run_ends_with_the_same_bits(model, tmp_path, changes):
     assert all(torch.equal(mine[k], v) for k, v in whole.policy.state_dict().items())
 
 
+def test_a_run_that_is_made_longer_is_one_that_was_longer(model, tmp_path):
+    whole = trainer(model, tmp_path / "whole")
+    whole.train()
+    trainer(model, tmp_path / "part", max_train_steps=2).train()
+    longer = trainer(model, tmp_path / "part", resume_from_checkpoint="latest")
+    assert (longer.step, longer.total_steps) == (2, 4)
+    longer.train()
+    mine = longer.policy.state_dict()
+    assert all(torch.equal(mine[k], v) for k, v in whole.policy.state_dict().items())
+
+
 def test_a_checkpoint_holds_what_users_look_for(model, tmp_path):
     trainer(model, tmp_path / "full").train()
     names = {path.name for path in (tmp_path / "full" / "checkpoint-2").iterdir()}

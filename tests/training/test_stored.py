@@ -166,6 +166,8 @@ def test_scaling_of_an_autoencoder(config, shift, scale):
         ({"mean": normal(0, N, 3, 4, 3, 2)}, r"mean must have the shape \[N, 2, C, h, w\]"),
         ({"std": normal(0, N, 2, 4, 3, 3)}, "std must have the shape of mean"),
         ({"label": torch.ones(3)}, "label must have an entry for each of 10 pairs, got 3"),
+        ({"label": torch.full((N,), 2.0)}, r"label must be probabilities, in \[0, 1\], got 2"),
+        ({"label": torch.full((N,), float("nan"))}, r"label must be probabilities, .*got nan"),
         ({"empty_text": {}}, "empty_text must have the names of text"),
     ],
 )

@@ -1,23 +1,31 @@
 """Training end to end on tiny models: what is learnt, what is kept, what is written."""
 
 import dataclasses
+import io
 import json
 import math
+import re
+from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inpo_fast import ops
 from inpo_fast.losses import OBJECTIVES
 from inpo_fast.training import policy
 from inpo_fast.training.batch import PairBatch
 from inpo_fast.training.config import ConfigError
 from inpo_fast.training.inversion import SOURCES
+from inpo_fast.training.models import load_model
 from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.pairs import DataError
 from inpo_fast.training.trainer import PreferenceTrainer
+from inpo_fast.training.validation import draw_images
 
-from . import tiny
+from . import samples, tiny
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +229,126 @@ def test_every_objective_trains(model, tmp_path, loss):
     assert (run.learner.networks.reference is None) == (loss in ("mapo", "sft"))
 
 
+@pytest.mark.parametrize("loss", ["inpo", "dpo", "ipo", "smpo", "dmpo", "mapo", "kto"])
+def test_every_preference_objective_prefers_the_winners(model, tmp_path, loss):
+    run = trainer(
+        *(model, tmp_path),
+        loss_type=loss,
+        beta_dpo=10.0,
+        latents="q_sample",
+        train_batch_size=tiny.PAIRS,
+        learning_rate=3e-3,
+    )
+    run.train()
+    batch = next(run.data.loader(run.order))
+    generator = torch.Generator().manual_seed(5)
+    levels = [[500] * 2 * tiny.PAIRS]
+    path = SOURCES["q_sample"](batch.latents, levels, run.model.schedule, generator=generator)
+    (point,) = path.run(run.policy)
+    text = batch.paired_text["prompt_embeds"]
+    reference = tiny.unet()
+    with torch.no_grad():
+        ours, theirs = (
+            net(point.latents, point.timesteps, text).sample for net in (run.policy, reference)
+        )
+    errors = ops.preference_errors(ours, theirs, point.target)
+    winners, losers = (errors.e_ref - errors.e_theta).chunk(2)
+    assert winners.mean() > losers.mean() + 1e-4
+
+
+def handed_over(run):
+    """What every micro-batch of a run hands to its objective: outputs, target, settings."""
+    seen, function = [], run.learner.objective.function
+
+    def spy(policy, reference, target, **settings):
+        seen.append((policy.detach(), reference, target, settings))
+        return function(policy, reference, target, **settings)
+
+    run.learner.objective = dataclasses.replace(run.learner.objective, function=spy)
+    run.train()
+    return seen
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_kto_compares_with_the_mean_gain_of_the_batch_where_it_is_positive(model, tmp_path, better):
+    run = trainer(model, tmp_path, loss_type="kto", latents="q_sample", max_train_steps=1)
+    # a policy that has learnt to say less, or more, than its reference, which says nothing yet
+    torch.nn.init.zeros_(run.policy.conv_out.weight)
+    torch.nn.init.zeros_(run.policy.conv_out.bias)
+    worse = run.learner.networks.reference if better else run.policy
+    torch.nn.init.constant_(worse.conv_out.bias, 1.0)
+    ((policy_output, reference, target, given),) = handed_over(run)
+    gain = ((reference - target) ** 2 - (policy_output - target) ** 2).mean()
+    assert (gain > 0.1) == better and abs(gain) > 0.1
+    assert given["kl"].item() == pytest.approx(gain.item() if better else 0.0, rel=1e-6)
+    assert given["desirable"].tolist() == [True, True, False, False]
+
+
+def test_inversion_dpo_is_told_the_levels_of_its_samples(model, tmp_path):
+    from diffusers import DDIMScheduler
+
+    folder, _ = moved(tmp_path / "sft")
+    settings = {"unet_init": str(folder), "latents": "q_sample"}
+    run = trainer(model, tmp_path / "out", loss_type="inversion-dpo", **settings)
+    predict, times = run.learner._predict, []
+
+    def watched(network, call, told):
+        times.append(call.timesteps)
+        return predict(network, call, told)
+
+    run.learner._predict = watched
+    table = DDIMScheduler.from_pretrained(model, subfolder="scheduler").alphas_cumprod
+    levels = [given["alphas_cumprod"] for *_, given in handed_over(run)]
+    # policy and reference are called at each
+    assert [t.tolist() for t in times[::2]] == [t.tolist() for t in times[1::2]]
+    for level, t in zip(levels, times[::2], strict=True):
+        assert torch.allclose(level, table[t], rtol=1e-6, atol=0)
+
+
+def moved(folder, component="unet", seed=1):
+    """The tiny denoiser with other weights, as a folder or a pipeline's has it."""
+    unet = tiny.unet()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    unet.save_pretrained(folder / component)
+    return folder, weights(unet)
+
+
+@pytest.mark.parametrize("component", ["unet", "."])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_policy_and_reference_start_from_another_denoiser(model, tmp_path, rank, component):
+    folder, wanted = moved(tmp_path / "sft", component)
+    run = trainer(model, tmp_path / "out", unet_init=str(folder), rank=rank, max_train_steps=1)
+    assert run.train()[0]["margin_mean"] == 0
+    kept = run.learner.networks.reference.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in wanted.items())
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert f"started from: {folder}" in card
+    # a LoRA is one of these weights, not of the pipeline's
+    assert (f'pipe.unet = type(pipe.unet).from_pretrained("{folder}"' in card) == (rank == 2)
+
+
+def test_inversion_dpo_compares_another_denoiser_with_the_pipelines(model, tmp_path):
+    with pytest.raises(ConfigError, match=r"inversion-dpo has no gradient .* needs unet_init"):
+        trainer(model, tmp_path, loss_type="inversion-dpo")
+    folder, start = moved(tmp_path / "sft")
+    settings = {"loss_type": "inversion-dpo", "unet_init": str(folder), "inversion_steps": 2}
+    with pytest.raises(ConfigError, match=r"and no rank; .*rank=2"):
+        trainer(model, tmp_path, rank=2, **settings)
+    run = trainer(model, tmp_path / "out", **settings)
+    assert all(torch.equal(v, start[name]) for name, v in run.policy.state_dict().items())
+    history = run.train()
+    assert all(row["grad_norm"] > 0 for row in history)
+    assert history[0]["margin_std"] > 0
+    base = tiny.unet().state_dict()
+    kept = run.learner.networks.reference.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in base.items())
+
+
 @pytest.mark.parametrize("source", ["ddim", "bdia", "renoise"])
 def test_one_path_trains_at_several_levels(model, tmp_path, source):
     run = trainer(model, tmp_path, latents=source, samples_per_inversion=3, inversion_steps=5)
@@ -270,9 +398,17 @@ def test_epochs_and_the_scaled_learning_rate(model, tmp_path):
 def test_settings_that_should_not_change_the_bits_do_not(model, tmp_path):
     """Gradient checkpointing recomputes the same numbers; the number of workers changes none."""
     plain = trainer(model, tmp_path / "a", rank=2)
-    plain.train()
     other = trainer(model, tmp_path / "b", rank=2, gradient_checkpointing=True)
-    other.train()
+    calls = []
+    for run in (plain, other):
+        count = Counter()
+        # behind adapters: what comes before them has no backward
+        block = run.policy.up_blocks[-1].resnets[0]
+        block.register_forward_pre_hook(lambda *_, c=count: c.update(["block"]))
+        run.train()
+        calls.append(count["block"])
+    # once more in every backward, of which there are three
+    assert calls[1] == calls[0] + 3
     mine, theirs = plain.policy.state_dict(), other.policy.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
@@ -377,6 +513,15 @@ def test_cuda_graphs_need_a_gpu(model, tmp_path):
         trainer(model, tmp_path, cuda_graphs=True)
 
 
+def test_a_lora_file_does_not_depend_on_the_process(model, tmp_path):
+    """Names in a set have an order that is drawn when Python starts."""
+    targets = ("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "net.2", "net.0.proj")
+    trainer(model, tmp_path, rank=2, lora_target_modules=targets, max_train_steps=1).train()
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert adapter["unet.target_modules"] == sorted(targets)
+
+
 def test_a_lora_with_kohyas_names(model, tmp_path):
     from safetensors.torch import load_file
 
@@ -441,7 +586,10 @@ def test_the_result_is_uploaded_without_checkpoints(model, tmp_path, monkeypatch
 
     monkeypatch.setattr(huggingface_hub, "create_repo", create)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
-    trainer(model, tmp_path / "mine", rank=2, push_to_hub=True, checkpointing_steps=1).train()
+    run = trainer(model, tmp_path / "mine", rank=2, push_to_hub=True, checkpointing_steps=1)
+    (run.folder / "validation").mkdir(parents=True)
+    (run.folder / "validation" / "000001-0-0.png").touch()
+    run.train()
     assert seen["repo_id"] == "me/mine"
     assert seen["files"] == [
         "README.md",
@@ -481,6 +629,11 @@ def test_the_quickstart(tmp_path, monkeypatch):
     assert image.size == (64, 64)
 
 
+def shown(event):
+    """The picture in an event of a tracker."""
+    return Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
+
+
 def test_images_and_values_reach_the_tracker(tmp_path):
     """On the shipped pipeline, whose autoencoder and text encoder are not in memory otherwise."""
     pytest.importorskip("tensorboard")
@@ -510,6 +663,49 @@ def test_images_and_values_reach_the_tracker(tmp_path):
     first, second = events.Images("validation")
     # the same seed, and a policy that has hardly moved
     assert first.encoded_image_string == second.encoded_image_string
+    # and files, for those who have no tracker
+    files = sorted((tmp_path / "validation").iterdir())
+    assert [path.name for path in files] == ["000001-0-0.png", "000002-0-0.png"]
+    assert Image.open(files[0]).tobytes() == shown(first).tobytes()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_validation_decodes_in_the_dtype_of_the_autoencoder(sdxl, tmp_path, monkeypatch, loaded):
+    """SDXL's overflows in float16, so its pipeline makes it float32, which autocast would undo."""
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+    monkeypatch.setattr(AutoencoderKL, "decode", watched := Watched(AutoencoderKL.decode))
+    config = tiny.config(
+        *(sdxl, tmp_path),
+        rank=2,
+        resolution=16,
+        validation_prompts=("a", "b"),
+        validation_inference_steps=1,
+        num_validation_images=2,
+    )
+    given = StableDiffusionXLPipeline.from_pretrained(sdxl) if loaded else None
+    pipe = load_model(config, given, torch.float16)
+    policy.lora(pipe.denoiser, torch.float16, rank=2, alpha=2, targets=("to_q",), seed=0)
+    images = draw_images(config, pipe, pipe.denoiser, torch.float16)
+    assert images.shape == (4, 16, 16, 3)
+    assert watched.calls == [(False, torch.float32)] * 2
+    assert AutoencoderKL.decode is watched
+    if loaded:
+        assert "decode" not in vars(given.vae)
+
+
+class Watched:
+    """A method of an autoencoder that notes whether autocast is on, and its dtype."""
+
+    def __init__(self, method):
+        self.method, self.calls = method, []
+
+    def __get__(self, vae, kind=None):
+        def called(*args, **kwargs):
+            self.calls.append((torch.is_autocast_enabled("cpu"), vae.dtype))
+            return self.method(vae, *args, **kwargs)
+
+        return self if vae is None else called
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -575,14 +771,65 @@ def test_out_of_memory_says_what_to_lower(model, tmp_path, monkeypatch):
     monkeypatch.setattr(run.learner, "learn", full)
     with pytest.raises(TrainingError, match=r"lower train_batch_size \(2\).*set gradient"):
         run.train()
+    # weights and moments may be too much already
+    monkeypatch.setattr("inpo_fast.training.trainer.make_optimizer", full)
+    with pytest.raises(TrainingError, match=r"^too little memory: set gradient") as caught:
+        trainer(model, tmp_path, train_batch_size=1, mixed_precision="bf16")
+    # nothing that is so already, or that would not help
+    for needless in ("train_batch_size", "mixed_precision", "cache"):
+        assert needless not in str(caught.value)
 
 
 def test_pairs_of_another_family(model, tmp_path):
     data = tiny.pairs()
     data._mean = data._mean.repeat(1, 1, 4, 1, 1)
     data.scaling = type(data.scaling)(torch.zeros(16), torch.ones(16))
-    with pytest.raises(ConfigError, match="takes latents of 4 channels, got pairs with 16"):
+    with pytest.raises(ConfigError, match="takes latents of 4 channels, got 16: the pairs were"):
         trainer(model, tmp_path, data).train()
+    # Stable Diffusion's pairs have latents as SDXL's, and less beside them
+    data = tiny.pairs()
+    del data._text["pooled_prompt_embeds"], data._empty["pooled_prompt_embeds"]
+    xl = tiny.save_pipeline(tmp_path / "xl", "StableDiffusionXLPipeline")
+    wanted = "takes the text's pooled_prompt_embeds, got prompt_embeds, and time_ids, got none"
+    with pytest.raises(ConfigError, match=wanted):
+        trainer(xl, tmp_path / "b", data, rank=2).train()
+    sd3 = tiny.save_pipeline(tmp_path / "sd3", "StableDiffusion3Pipeline")
+    with pytest.raises(ConfigError, match=r"sides are multiples of 2, got \[3, 3\]"):
+        trainer(sd3, tmp_path / "c", tiny.pairs(size=3), rank=2).train()
+
+
+def test_sizes_that_no_token_covers(tmp_path):
+    flux = tiny.save_pipeline(tmp_path / "flux", "FluxPipeline")
+    config = tiny.config(flux, tmp_path / "out", rank=2, resolution=24, dataset_name="pairs")
+    with pytest.raises(ConfigError, match=r"resolution .* multiples of 16 for a FluxPipeline"):
+        PreferenceTrainer(config)
+
+
+def test_the_command_reports_what_it_leaves_out(sd, tmp_path, capsys):
+    from inpo_fast.cli import main
+
+    pairs = samples.write_parquet(tmp_path / "pairs.parquet", samples.mixed_rows())
+    flags = ["--pretrained_model_name_or_path", str(sd), "--dataset_name", str(pairs)]
+    sizes = ["--resolution", "16", "--rank", "2", "--train_batch_size", "2"]
+    steps = ["--max_train_steps", "1", "--lr_warmup_steps", "0"]
+    assert main(["train", *flags, *sizes, *steps, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        r"rows +10\n",
+        r"usable pairs +7\n",
+        r"ties +1\n",
+        r"corrupt +2\n",
+        r"corrupt rows\n +row 3 .+\n +row 7 ",
+        r"\n1 pairs of an epoch fill no batch",
+    ):
+        assert re.search(line, printed), line
+
+
+def test_a_cache_has_no_splits(model, tmp_path):
+    (tmp_path / "key.json").write_text("{}")
+    settings = {"dataset_name": str(tmp_path), "dataset_split_name": "train"}
+    with pytest.raises(ConfigError, match="dataset_split_name must not be given with a cache"):
+        PreferenceTrainer(tiny.config(model, tmp_path / "out", **settings))
 
 
 def test_a_batch_larger_than_the_data(model, tmp_path):
