@@ -59,6 +59,9 @@ SCALING = 1.9
 ACCUMULATED = 128
 """Samples of a device between optimiser steps: 1024 on the example's 8 GPUs."""
 REUSE = (1, 2, 4)
+WHOLE = 130
+"""GiB of a card that has room for SDXL's 8 pairs without gradient checkpointing: 87 for what is kept
+of the forward, 24 for weights and gradients, and what is at work; 3 pairs take half of it."""
 
 
 class Timed(NamedTuple):
@@ -146,6 +149,16 @@ def our_rows(
         yield utilisation(f"{label}, rate of the whole step", name, ours, best[samples], peak)
         if samples == 1:
             yield overhead(label, *ours.against_calls(pairs, samples))
+    if device == "cuda" and given.xl:
+        trainer.policy.disable_gradient_checkpointing()
+        fewer = pairs if torch.cuda.mem_get_info()[1] > WHOLE * 2**30 else pairs // 2 - 1
+        for samples in (min(REUSE), max(REUSE)):
+            timed = ours.timed(fewer, samples)
+            label = f"{name}, {layers}, {fewer} pairs, no checkpointing"
+            label += f", samples_per_inversion {samples}"
+            yield rate(label, timed, official=rival)
+            yield utilisation(f"{label}, rate of the whole step", name, ours, timed, peak)
+        trainer.policy.enable_gradient_checkpointing()
     if layers != "stock layers":
         yield levers.graphs(eager, best[1], forward, ours.forward(pairs))
         free = ours.timed(pairs, 1, nondeterministic=True)
