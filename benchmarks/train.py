@@ -60,8 +60,8 @@ ACCUMULATED = 128
 """Samples of a device between optimiser steps: 1024 on the example's 8 GPUs."""
 REUSE = (1, 2, 4)
 WHOLE = 130
-"""GiB of a card that has room for SDXL's 8 pairs without gradient checkpointing: 87 for what is kept
-of the forward, 24 for weights and gradients, and what is at work; 3 pairs take half of it."""
+"""GiB of a card with room for SDXL's 8 pairs without gradient checkpointing: 87 for what is kept of
+the forward, 24 for weights and gradients, and what is at work; 3 pairs take half of it."""
 
 
 class Timed(NamedTuple):
