@@ -99,6 +99,8 @@ def main() -> None:
     run_cases(root, f"ddp-{batch}", batch, CASES)
     shard_on_cpu()
     run_cases(root, f"fsdp-{batch}", batch, {name: CASES[name] for name in ("full", "lora")})
+    # else a thread of gloo may find the interpreter gone, and abort
+    torch.distributed.destroy_process_group()
 
 
 CASES = {
