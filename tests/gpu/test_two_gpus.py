@@ -80,8 +80,9 @@ def test_two_gpus_are_one_with_twice_the_pairs(folder_of, kind, case, monkeypatc
 
 @pytest.mark.parametrize("kind", two_gpus.CASES)
 @pytest.mark.parametrize("name", two_gpus.ROUNDED)
-def test_in_bfloat16_the_policy_starts_as_the_reference(folder_of, kind, name):
-    first = torch.load(folder_of(kind) / f"rounded-{name}-{kind}.pt")["history"][0]
+@pytest.mark.parametrize("layers", ["rounded", "fast"])
+def test_in_bfloat16_the_policy_starts_as_the_reference(folder_of, kind, name, layers):
+    first = torch.load(folder_of(kind) / f"{layers}-{name}-{kind}.pt")["history"][0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["accuracy"] == 0.5
 

@@ -20,6 +20,8 @@ ROUNDED = {
     "lora": {"mixed_precision": "bf16", "rank": 2},
 }
 """In which policy and reference must be rounded alike."""
+FAST = {"ddp": {"fused_layers": True, "cuda_graphs": True}, "fsdp": {"fused_layers": True}}
+"""The same with kernels and graphs: FSDP2 spreads the weights that a graph would read."""
 
 
 def exact_float32() -> None:
@@ -37,6 +39,8 @@ def main() -> None:
         two_processes.run_cases(root, f"{kind}-{BATCH}", BATCH, cases)
         for name, changes in ROUNDED.items():
             two_processes.train(root, f"rounded-{name}-{kind}", BATCH, **changes)
+            changes = {**changes, **FAST[kind]}
+            two_processes.train(root, f"fast-{name}-{kind}", BATCH, **changes)
     else:
         changes = {"compile": "blocks", "latents": "q_sample", **ROUNDED["full"]}
         two_processes.train(root, f"rounded-full-{kind}", BATCH, **changes)
