@@ -140,6 +140,8 @@ def our_rows(
     if device == "cuda":
         layers += " and graphs"
         trainer.learner.graphs = Graphs(trainer.accelerator.device)
+        # here, so that learners with other settings share what graphs read
+        trainer.learner._inverting()
     best: dict[int, Timed] = {}
     for samples in REUSE:
         best[samples] = ours.timed(pairs, samples)
@@ -265,7 +267,7 @@ class Ours:
         learner, (call, told) = self.learner(1), self.told(pairs)
 
         def job() -> None:
-            learner._infer(learner.networks.policy, call, told)
+            learner._infer(learner._inverting(), call, told)
 
         job()
         return wall_clock(job, self.device, least=self.least / 8) / pairs
@@ -293,8 +295,9 @@ class Ours:
             for _ in range(3):
                 # as in the trainer, weights are rounded once for these
                 with learner._autocast(enabled=False):
+                    inverting = learner._inverting()
                     for _ in range(depth + 1 - samples):
-                        learner._infer(networks.policy, call, told)
+                        learner._infer(inverting, call, told)
                 for _ in range(samples):
                     with learner._repeating():
                         output = learner._predict(networks.wrapped, call, told)

@@ -11,20 +11,43 @@ bits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.choice import resolve
 from .config import ConfigError
+
+_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Whose weights autocast rounds at every call. Norms it computes in float32."""
 
 
 def twin(model: nn.Module) -> nn.Module:
     """A second tree of the same modules that shares all parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def rounded(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], None]]:
+    """A second tree with matrices in `dtype`, and what rounds the model's into them once more.
+
+    It shares what is not rounded, and under autocast its outputs have the bits of the model's.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    given: list[Tensor] = []
+    kept: list[Tensor] = []
+    for module in model.modules():
+        if not isinstance(module, _MATRICES):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype != dtype:
+                given.append(parameter.detach())
+                kept.append(parameter.detach().to(dtype))
+                tensors[id(parameter)] = nn.Parameter(kept[-1], requires_grad=False)
+    return copy.deepcopy(model, tensors), partial(torch._foreach_copy_, kept, given)
 
 
 def full(
@@ -41,10 +64,9 @@ def full(
     reference = copy.deepcopy(model) if reference is None else reference.float()
     reference.requires_grad_(False)
     if dtype != torch.float32:
-        # What autocast would cast at every call. Norms stay: autocast computes them in float32,
-        # and from rounded weights they would differ from the policy's.
+        # norms stay: of rounded weights they would differ from the policy's
         for module in reference.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if isinstance(module, _MATRICES):
                 module.to(dtype)
     return model.requires_grad_(True), reference
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..determinism import deterministic_gradients
 from ..losses import OBJECTIVES, Objective, PreferenceLoss
-from . import draws
+from . import draws, policy
 from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
 from .families import Conditioning
@@ -77,6 +78,7 @@ class Learner:
         self._structure: nn.Module | None = on_meta(networks.policy)
         self._flops: tuple[int, int] | None = None
         self.graphs = Graphs(accelerator.device) if config.cuda_graphs else None
+        self._rounded: tuple[nn.Module, Callable[[], None]] | None = None
 
     def learn(self, batch: PairBatch, micro: int, *, last: bool) -> None:
         """Add the gradient of micro-batch number `micro` of the run.
@@ -95,13 +97,15 @@ class Learner:
         )
         samples = left = config.samples_per_inversion
         path = self._path(clean, micro, rows)
+        inverting: nn.Module | None = None
         with contextlib.ExitStack() as rounded:
             # Around a context of autocast, one that does nothing keeps what it has rounded: the
             # weights of the inversion are rounded once, not at every call.
             rounded.enter_context(self._autocast(enabled=False))
             for call in path:
                 if call.target is None:
-                    output = self._infer(self.networks.policy, call, told)
+                    inverting = self._inverting() if inverting is None else inverting
+                    output = self._infer(inverting, call, told)
                 else:
                     # what was rounded without gradient must not serve a call with it
                     rounded.close()
@@ -115,6 +119,18 @@ class Learner:
                 self._count(call, told)
                 if not call.last:
                     path.give(output)
+
+    def _inverting(self) -> nn.Module:
+        """Who inverts a micro-batch: in a graph the policy with weights that are rounded here,
+        once, unless blocks are compiled, which its second tree would not be."""
+        compiled = self.config.compile != "none"
+        if self.graphs is None or self.dtype == torch.float32 or compiled:
+            return self.networks.policy
+        if self._rounded is None:
+            self._rounded = policy.rounded(self.networks.policy, self.dtype)
+        model, again = self._rounded
+        again()
+        return model
 
     def _path(self, clean: Tensor, micro: int, rows: int) -> Trajectory:
         """The way to the training samples of a micro-batch, [rows·P, …]. The pairs of all processes

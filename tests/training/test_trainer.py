@@ -503,6 +503,49 @@ def driven(path):
             path.give(torch.zeros_like(call.latents))
 
 
+class Calls:
+    """In the place of graphs, which need a GPU."""
+
+    def __init__(self):
+        self.names = []
+
+    def call(self, name, function, *given):
+        self.names.append(name)
+        with torch.no_grad():
+            return function(*(value.clone() for value in given))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "rank"),
+    [
+        ("StableDiffusionPipeline", "bf16", None),
+        ("StableDiffusionPipeline", "no", None),
+        ("StableDiffusionXLPipeline", "bf16", 2),
+        ("FluxPipeline", "bf16", 2),
+    ],
+)
+def test_what_graphs_compute_is_what_the_calls_do(tmp_path, name, precision, rank):
+    """To the bit, over steps that change the weights."""
+    saved = tiny.save_pipeline(tmp_path / "model", name)
+    settings = {"mixed_precision": precision, "rank": rank, "max_train_steps": 3}
+    settings |= {"inversion_steps": 4, "samples_per_inversion": 2}
+    logged = []
+    for graphs in (None, Calls()):
+        data = tiny.pairs(xl=name == "StableDiffusionXLPipeline")
+        run = trainer(saved, tmp_path / str(graphs is None), data, **settings)
+        run.learner.graphs = graphs
+        logged.append(run.train())
+    keys = [key for key in logged[0][0] if "per_second" not in key and key != "mfu"]
+    assert [[row[key] for key in keys] for row in logged[0]] == [
+        [row[key] for key in keys] for row in logged[1]
+    ]
+    assert logged[0][-1]["margin_mean"] != 0
+    inverting, reference = graphs.names[0], graphs.names[-1]
+    assert set(graphs.names) == {inverting, reference}
+    assert reference is run.learner.networks.reference
+    assert (inverting is run.policy) == (precision == "no")
+
+
 def test_fused_layers_need_a_gpu(model, tmp_path):
     with pytest.raises(ConfigError, match="fused_layers needs Triton: "):
         trainer(model, tmp_path, fused_layers=True)
