@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -121,6 +122,7 @@ def our_rows(
         layers = "compiled blocks"
         for module in (trainer.policy, trainer.learner.networks.reference):
             policy.compile_model(module, "blocks", trainer.model.family.blocks)
+        trainer.learner.config = replace(trainer.learner.config, compile="blocks")
         seconds = first_seconds(ours, pairs)
         yield Row(f"{name}, first micro-step with compilation", "wall clock", "s", seconds, {}, {})
     elif device == "cuda":
