@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .encoders import FAMILIES, Encoders, ModelFiles
+from .encoders import Encoders, ModelFiles
 from .examine import FoundPair, Report, Rules, examine
+from .families import FAMILIES
 from .files import write_json, write_tensors
 from .pairs import DataError
 from .sources import IndexedSource, Source

@@ -13,7 +13,6 @@ from ..losses import OBJECTIVES
 from ..schedule import NoiseSchedule
 from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
-from .encoders import FAMILIES as ENCODED
 from .families import FAMILIES, Family, schedule_of
 
 _FLUX_SAMPLE_SIZE = 128
@@ -60,16 +59,16 @@ class Model:
         Raises:
             ConfigError: naming what the denoiser takes and what came.
         """
-        encoded, patch = ENCODED[self.pipeline], self.family.patch
+        family = self.family
         _, channels, *sides = batch.latents.shape
         wrong = []
         if channels != self.latent_channels:
             wrong.append(f"latents of {self.latent_channels} channels, got {channels}")
-        if any(side % patch for side in sides):
-            wrong.append(f"latents whose sides are multiples of {patch}, got {sides}")
-        if missing := encoded.outputs.keys() - batch.text.keys():
+        if any(side % family.patch for side in sides):
+            wrong.append(f"latents whose sides are multiples of {family.patch}, got {sides}")
+        if missing := family.outputs.keys() - batch.text.keys():
             wrong.append(f"the text's {', '.join(sorted(missing))}, got {', '.join(batch.text)}")
-        if encoded.time_ids and batch.time_ids is None:
+        if family.time_ids and batch.time_ids is None:
             wrong.append("time_ids, got none")
         if wrong:
             raise ConfigError(
