@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .encoders import Encoders, ModelFiles
 from .examine import FoundPair, Report, Rules, examine
-from .families import FAMILIES
+from .families import FAMILIES, check_sizes
 from .files import write_json, write_tensors
 from .pairs import DataError
 from .sources import IndexedSource, Source
@@ -85,7 +85,8 @@ class CacheWriter:
         compute_dtype: of the encoders.
 
     Raises:
-        DataError: the folder holds something else; the message says what differs.
+        DataError: the folder holds something else, and the message says what differs; sizes that
+            the model's family cannot be trained on.
     """
 
     def __init__(
@@ -102,6 +103,10 @@ class CacheWriter:
             raise DataError(
                 "random_crop cannot be cached: crop in the centre, or train without a cache"
             )
+        try:
+            check_sizes(files.family, rules.preprocess.buckets)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         self.folder, self.source, self.rules, self.files = Path(folder), source, rules, files

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .families import FAMILIES
+from .families import FAMILIES, own_resolution
 from .images import to_unit
 from .pairs import DataError
 from .stored import Scaling
@@ -67,6 +67,25 @@ class ModelFiles:
                 f"the pipeline {model} must be one of {', '.join(FAMILIES)}, got {family}"
             )
         return cls(folder, own, variant, family)
+
+    def resolution(self, model: str | PathLike[str], revision: str | None = None) -> int:
+        """Pixels along a side that the denoiser was made for, by its config alone.
+
+        Args:
+            model, revision: as given to `find`, which does not fetch the denoiser.
+
+        Raises:
+            DataError: there is no such config, or it does not say.
+        """
+        from diffusers import AutoModel
+
+        part = FAMILIES[self.family].component
+        try:
+            return own_resolution(AutoModel.load_config(model, subfolder=part, revision=revision))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"resolution must be given, as the model {model} does not say: {error}"
+            ) from error
 
     def fingerprint(self) -> dict[str, str]:
         """Digest of config, weights and vocabulary of every part that decides what is encoded."""

@@ -4,7 +4,7 @@ the denoiser is called."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..schedule import NoiseSchedule
+from .images import FACTOR
 from .latents import training_schedule
 
 Predict: TypeAlias = Callable[[nn.Module, Tensor, Tensor, "Conditioning"], Tensor]
@@ -160,6 +161,35 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 """By the pipeline's class, as in model_index.json."""
+
+_FLUX_SAMPLE_SIZE = 128
+"""FLUX's config names no size; its pipeline draws 1024² by default."""
+
+
+def own_resolution(config: Mapping[str, Any]) -> int:
+    """Pixels along a side that a denoiser of this config was made for.
+
+    Raises:
+        ValueError: the config does not say.
+    """
+    size = config.get("sample_size", _FLUX_SAMPLE_SIZE)
+    if size is None:
+        raise ValueError("the denoiser's config has no sample_size")
+    return FACTOR * (size if isinstance(size, int) else size[0])
+
+
+def check_sizes(pipeline: str, sizes: Iterable[tuple[int, int]]) -> None:
+    """Refuse heights and widths in pixels that the patches of a denoiser do not cover.
+
+    Raises:
+        ValueError: naming the pipeline's class, a key of `FAMILIES`.
+    """
+    factor = FACTOR * FAMILIES[pipeline].patch
+    if wrong := [size for size in sizes if any(side % factor for side in size)]:
+        raise ValueError(
+            f"resolution and aspect_ratio_buckets must be multiples of {factor} for a {pipeline}, "
+            f"got {', '.join(f'{height},{width}' for height, width in wrong)}"
+        )
 
 
 def schedule_of(scheduler: Any, tokens: int) -> NoiseSchedule:

@@ -13,10 +13,8 @@ from ..losses import OBJECTIVES
 from ..schedule import NoiseSchedule
 from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
-from .families import FAMILIES, Family, schedule_of
-
-_FLUX_SAMPLE_SIZE = 128
-"""FLUX's config names no size; its pipeline draws 1024² by default."""
+from .families import FAMILIES, Family, own_resolution, schedule_of
+from .images import FACTOR
 
 
 @dataclass
@@ -50,8 +48,8 @@ class Model:
 
     @property
     def resolution(self) -> int:
-        """Pixels along a side that the denoiser was made for."""
-        return 8 * _sample_size(self.denoiser)
+        """Pixels along a side that the denoiser was made for; see `own_resolution`."""
+        return own_resolution(self.denoiser.config)
 
     def check(self, batch: PairBatch) -> None:
         """Refuse pairs that were encoded for another family, by their shapes and names.
@@ -102,10 +100,13 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
     if config.unet_init is not None:
         reference = denoiser if OBJECTIVES[config.loss_type].starts_apart else None
         denoiser = _other_denoiser(config.unet_init, type(denoiser), family.component, options)
-    side = config.resolution // 8 if config.resolution else _sample_size(denoiser)
+    try:
+        side = config.resolution or own_resolution(denoiser.config)
+    except ValueError as error:
+        raise ConfigError(f"resolution must be given: {error}") from error
     try:
         # FLUX has a token for 2 × 2 latents
-        schedule = schedule_of(parts.scheduler, (side // 2) ** 2)
+        schedule = schedule_of(parts.scheduler, (side // FACTOR // 2) ** 2)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the model's scheduler cannot be trained on: {error}") from error
     return Model(denoiser, schedule, name, pipeline, reference)
@@ -114,12 +115,6 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
 def pipeline_class(name: str) -> Any:
     """The pipeline's class by name."""
     return getattr(importlib.import_module("diffusers"), name)
-
-
-def _sample_size(denoiser: Any) -> int:
-    size = denoiser.config.get("sample_size", _FLUX_SAMPLE_SIZE)
-    side: int = size if isinstance(size, int) else size[0]
-    return side
 
 
 def _class_in_index(config: PreferenceConfig) -> str:

@@ -12,6 +12,7 @@ from .cache import CachedPairs, is_cache, training_key
 from .config import ConfigError, PreferenceConfig
 from .encoders import Encoders, ModelFiles
 from .examine import Catalogue, Rules
+from .families import check_sizes
 from .images import Preprocess
 from .live import LivePairs
 from .loader import PairData
@@ -50,6 +51,7 @@ def open_pairs(
             random_crop=config.random_crop,
             no_hflip=config.no_hflip,
         )
+        check_sizes(model.pipeline, preprocess.buckets)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     rules = Rules(preprocess, Ties(config.ties, config.seed))
@@ -62,12 +64,6 @@ def open_pairs(
             variant=config.variant,
         )
 
-    wanted = 8 * model.family.patch
-    if any(side % wanted for size in preprocess.buckets for side in size):
-        raise ConfigError(
-            f"resolution and aspect_ratio_buckets must be multiples of {wanted} for a "
-            f"{model.pipeline}, got {preprocess.buckets}"
-        )
     if isinstance(source, (str, Path)) and is_cache(source):
         if config.dataset_split_name is not None:
             raise ConfigError(

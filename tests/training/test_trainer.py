@@ -583,7 +583,8 @@ def test_a_cache_trains_as_live_pairs_do_and_loads_no_encoder(tmp_path, monkeypa
     from inpo_fast.shipped import model_path, preferences_path
     from inpo_fast.training.encoders import Encoders
 
-    settings = {"rank": 2, "max_train_steps": 2, "inversion_steps": 1, "resolution": 64}
+    # both take the size of the model, where none is named
+    settings = {"rank": 2, "max_train_steps": 2, "inversion_steps": 1}
     live = tiny.config(
         *(model_path(), tmp_path / "live"),
         dataset_name=str(preferences_path()),
@@ -591,7 +592,7 @@ def test_a_cache_trains_as_live_pairs_do_and_loads_no_encoder(tmp_path, monkeypa
         **settings,
     )
     logged = PreferenceTrainer(live).train()
-    flags = ["--resolution", "64", "--dtype", "float32", "--max_train_samples", "8"]
+    flags = ["--dtype", "float32", "--max_train_samples", "8"]
     where = ["--model", str(model_path()), "--output", str(tmp_path / "cache"), "--device", "cpu"]
     assert main(["cache", str(preferences_path()), *where, *flags]) == 0
     monkeypatch.delattr(Encoders, "load")
@@ -846,6 +847,13 @@ def test_sizes_that_no_token_covers(tmp_path):
     config = tiny.config(flux, tmp_path / "out", rank=2, resolution=24, dataset_name="pairs")
     with pytest.raises(ConfigError, match=r"resolution .* multiples of 16 for a FluxPipeline"):
         PreferenceTrainer(config)
+
+
+def test_a_model_that_does_not_say_its_size(tmp_path):
+    folder = tiny.save_pipeline(tmp_path / "model")
+    tiny.unet(sample_size=None).save_pretrained(folder / "unet")
+    with pytest.raises(ConfigError, match=r"^resolution must be given: .* has no sample_size"):
+        trainer(folder, tmp_path / "out")
 
 
 def test_the_command_reports_what_it_leaves_out(sd, tmp_path, capsys):
