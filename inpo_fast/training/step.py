@@ -155,6 +155,7 @@ class Learner:
         }
         return SOURCES[config.source](
             clean,
+            # winner and loser of a pair share their levels
             [row * rows for row in grid],
             self.schedule,
             generator=noise,

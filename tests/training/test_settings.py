@@ -104,6 +104,15 @@ def test_a_step_is_the_mean_of_its_samples(model, tmp_path, samples_per_inversio
     assert seen.weights == pytest.approx([1 / count] * count)
 
 
+@pytest.mark.parametrize("latents", ["q_sample", "ddim"])
+def test_winner_and_loser_share_their_levels(model, tmp_path, latents):
+    seen = Watched(model, tmp_path, latents=latents, train_batch_size=4)
+    winners, losers = torch.stack([call.timesteps for call, _ in seen.calls]).chunk(2, dim=1)
+    assert torch.equal(winners, losers)
+    # pairs differ where they are trained on
+    assert len(winners[-1].unique()) > 1
+
+
 def test_the_first_timestep(model, tmp_path):
     seen = Watched(model, tmp_path, loss_type="dpo", first_timestep=990, max_train_steps=6)
     times = torch.cat([call.timesteps for call, _ in seen.calls])
