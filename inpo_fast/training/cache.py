@@ -390,6 +390,10 @@ class CachedPairs(EncodedPairs):
         buckets: list[int] = self._columns["bucket"]
         return buckets
 
+    @property
+    def sure(self) -> bool:
+        return all(label == 1 for label in self._columns["label"])
+
     def read(self, position: int, *, flipped: bool, empty_prompt: bool) -> EncodedPair:
         number = bisect_right(self._starts, position) - 1
         shard, place = self._shard(number), position - self._starts[number]

@@ -231,12 +231,8 @@ class PreferenceConfig:
             )
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ConfigError("use_8bit_adam needs optimizer=adamw, got adafactor")
-        if self.ties == "soft" and OBJECTIVES[self.loss_type].probability is None:
-            soft = [name for name, objective in OBJECTIVES.items() if objective.probability]
-            raise ConfigError(
-                f"ties=soft needs a loss_type that takes probabilities, one of {', '.join(soft)}, "
-                f"got {self.loss_type}"
-            )
+        if self.ties == "soft":
+            self.check_soft_labels("ties=soft")
         if self.samples_per_inversion > 1 and self.source in ("q_sample", "official"):
             raise ConfigError(
                 f"samples_per_inversion must be 1 with latents={self.source}, which has no path to "
@@ -261,6 +257,22 @@ class PreferenceConfig:
     def source(self) -> str:
         """Where x_t comes from, a key of `SOURCES`."""
         return self.latents or OBJECTIVES[self.loss_type].latents
+
+    def check_soft_labels(self, what: str) -> None:
+        """Refuse labels that are no certainties where the objective would take them as such.
+
+        Args:
+            what: has such labels.
+
+        Raises:
+            ConfigError: naming the objectives that take probabilities.
+        """
+        if OBJECTIVES[self.loss_type].probability is None:
+            soft = [name for name, objective in OBJECTIVES.items() if objective.probability]
+            raise ConfigError(
+                f"{what} needs a loss_type that takes probabilities, one of {', '.join(soft)}, got "
+                f"{self.loss_type}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

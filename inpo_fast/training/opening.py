@@ -35,9 +35,12 @@ def open_pairs(
         dtype: of the encoders.
 
     Raises:
-        ConfigError, DataError: no data set is named, or see `LivePairs` and `CachedPairs`.
+        ConfigError, DataError: no data set is named, labels of given pairs that the objective would
+            take as sure, or see `LivePairs` and `CachedPairs`.
     """
     if isinstance(given, PairData):
+        if not given.sure:
+            config.check_soft_labels("dataset with labels other than 1")
         return given
     source = config.dataset_name if given is None else given
     if source is None:

@@ -413,6 +413,18 @@ def test_what_cannot_be_asked_for(source, sd, tmp_path):
         writer(tmp_path / "c", source, sd).write(shard_size=0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("ties", ["soft", "drop"])
+def test_whether_labels_are_sure(sd, tmp_path, tied, ties):
+    rows = [samples.row(0), samples.row(1, label=0), samples.row(2, label=0.5 if tied else 1)]
+    opened = open_source(samples.write_parquet(tmp_path / "a.parquet", rows))
+    rules = Rules(samples.BUCKETS, Ties(ties))
+    sure = not (tied and ties == "soft")
+    assert LivePairs(opened, rules, Encoders.load(ModelFiles.find(sd))).sure == sure
+    writer(tmp_path / "c", opened, sd, rules=rules).write()
+    assert CachedPairs(tmp_path / "c").sure == sure
+
+
 def test_live_training_from_a_stream_says_what_to_do(sd):
     datasets = pytest.importorskip("datasets")
     stream = datasets.Dataset.from_list([samples.row(0)]).to_iterable_dataset()

@@ -370,6 +370,16 @@ def test_a_soft_tie_has_no_gradient_at_the_start(model, tmp_path, loss, ties):
     assert trainer(model, tmp_path / "b", data, **options).train()[0]["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("label", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("loss", ["mapo", "sft"])
+def test_soft_labels_need_an_objective_that_takes_probabilities(model, tmp_path, loss, label):
+    data = tiny.pairs()
+    data._label[3] = label
+    words = "dataset with labels other than 1 needs .* probabilities, one of inpo, smpo, dpo, got "
+    with pytest.raises(ConfigError, match=words + loss):
+        trainer(model, tmp_path, data, loss_type=loss)
+
+
 def test_epochs_that_end_before_the_learning_rate_has_risen(model, tmp_path):
     options = {"max_train_steps": None, "train_batch_size": 12, "lr_warmup_steps": 100}
     with pytest.raises(ConfigError, match="lr_warmup_steps=100 leaves a run of 1 optimiser steps"):
