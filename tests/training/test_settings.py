@@ -1,10 +1,12 @@
 """Every setting of a run reaches the place that it is for."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
+from inpo_fast.training.checkpoint import STATE
 from inpo_fast.training.models import load_model
 from inpo_fast.training.optimization import Stepper, make_optimizer
 from inpo_fast.training.trainer import PreferenceTrainer
@@ -83,6 +85,35 @@ def test_guidance_of_flux(tmp_path):
 def test_beta(model, tmp_path, beta, expected):
     seen = Watched(model, tmp_path, loss_type="dpo", beta_dpo=beta)
     assert [settings["beta"] for _, settings in seen.settings] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("dspo", {"variant": "sdxl"}),
+        ("kto", {"desirable_weight": 0.25, "undesirable_weight": 2.0}),
+        ("dmpo", {"alpha": 0.05}),
+        ("mapo", {"snr": 0.25}),
+        ("smpo", {"scale": 3.0}),
+        ("dpo", {"anchor": 0.5}),
+    ],
+)
+def test_other_settings_of_the_objective(model, tmp_path, loss, options):
+    written = tuple(f"{name}={value}" for name, value in options.items())
+    seen = Watched(model, tmp_path, loss_type=loss, loss_options=written, latents="q_sample")
+    ((_, given),) = seen.settings
+    assert {name: given[name] for name in options} == options
+    for text in written:
+        assert text in (tmp_path / "README.md").read_text()
+
+
+def test_sdxl_has_the_settings_of_its_own_script(tmp_path):
+    xl = tiny.save_pipeline(tmp_path / "xl", "StableDiffusionXLPipeline")
+    options = {"rank": 2, "latents": "q_sample", "checkpointing_steps": 1}
+    seen = Watched(xl, tmp_path / "out", tiny.pairs(xl=True), **options)
+    assert [given["beta"] for _, given in seen.settings] == [5000.0]
+    stored = json.loads((tmp_path / "out" / "checkpoint-1" / STATE).read_text())["config"]
+    assert stored["beta_dpo"] == 5000.0
 
 
 def test_sft_looks_at_winners_alone(model, tmp_path):
