@@ -234,7 +234,7 @@ class PreferenceConfig:
             objective.check(self.settings)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"loss_type={self.loss_type}: {error}") from error
-        if OBJECTIVES[self.loss_type].starts_apart and (self.unet_init is None or self.rank):
+        if objective.starts_apart and (self.unet_init is None or self.rank):
             raise ConfigError(
                 f"loss_type={self.loss_type} has no gradient where the policy equals its "
                 f"reference, the pipeline's denoiser: it needs unet_init, another denoiser to "
