@@ -239,6 +239,8 @@ int backward(const BackwardArguments& arguments, int64_t numel, void* stream) {
     }();
     const int64_t piece = int64_t{kUnroll} * kThreads * (vectors ? N : 1);
     const int64_t blocks = rows * ((arguments.per_sample + piece - 1) / piece);
+    // A grid has no more, and the cast would wrap around without a word.
+    if (blocks > INT32_MAX) return static_cast<int>(cudaErrorInvalidConfiguration);
     kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         arguments, rows);
     return static_cast<int>(cudaGetLastError());

@@ -25,6 +25,7 @@ from .result import (
     check_samples,
     finish,
     measure,
+    named,
     require_reference,
     unit,
 )
@@ -325,11 +326,10 @@ def _logits(
     require_reference(reference)
     check_factor("beta", beta)
     check_outputs(policy, pairs=True)
-    return ops.preference_margin(
-        policy,
-        reference,
-        target,
-        scale=-unit(convention, policy) * beta,
-        differentiate_d=through_d,
-        impl=impl,
-    )
+    factor = -unit(convention, policy) * beta
+    try:
+        return ops.preference_margin(
+            policy, reference, target, scale=factor, differentiate_d=through_d, impl=impl
+        )
+    except (TypeError, ValueError) as error:
+        raise named(error) from error

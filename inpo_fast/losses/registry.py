@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeAlias
+
+import torch
 
 from .pairwise import (
     dmpo_loss,
@@ -19,6 +21,8 @@ from .pairwise import (
 )
 from .result import PreferenceLoss
 from .single import kto_loss, sft_loss
+
+Setting: TypeAlias = float | str
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,9 @@ class Objective:
         starts_apart: whether the gradient is 0 at policy = reference, so that a training has to
             start from another policy.
         additive: whether the gradient of a batch is the mean over its micro-batches.
-        defaults: settings of its public script, by keyword (for SD1.5 where they differ).
+        defaults: settings that a trainer may change, by keyword, as its public script has them (for
+            SD1.5 where they differ).
+        sdxl: what its script for SDXL has instead.
     """
 
     function: Callable[..., PreferenceLoss]
@@ -50,28 +56,50 @@ class Objective:
     latents: Literal["q_sample", "ddim", "renoise"] = "q_sample"
     starts_apart: bool = False
     additive: bool = True
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, Setting] = field(default_factory=dict)
+    sdxl: Mapping[str, Setting] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
+        for name in ("defaults", "sdxl"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def check(self, settings: Mapping[str, Setting]) -> None:
+        """Refuse settings that the function refuses, before there are outputs.
+
+        Raises:
+            ValueError, TypeError: of the function, naming the setting.
+        """
+        pair = torch.zeros(2, 1)
+        inputs = {name: torch.ones(1 if name == "preference" else 2) for name in self.inputs}
+        self.function(pair, pair, pair, impl="reference", **settings, **inputs)
 
 
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         "inpo": Objective(
-            inpo_loss, probability="label_smoothing", latents="ddim", defaults={"beta": 2000.0}
+            inpo_loss,
+            probability="label_smoothing",
+            latents="ddim",
+            defaults={"beta": 2000.0},
+            sdxl={"beta": 5000.0},
         ),
         "smpo": Objective(
             smpo_loss,
             inputs=("preference",),
             probability="preference",
             latents="renoise",
-            defaults={"beta": 2000.0},
+            defaults={"beta": 2000.0, "scale": 10.0},
         ),
-        "dpo": Objective(dpo_loss, probability="label_smoothing", defaults={"beta": 5000.0}),
+        "dpo": Objective(
+            dpo_loss, probability="label_smoothing", defaults={"beta": 5000.0, "anchor": 0.0}
+        ),
         "ipo": Objective(ipo_loss, defaults={"beta": 5000.0}),
         "dmpo": Objective(dmpo_loss, defaults={"beta": 2000.0, "alpha": 0.01}),
-        "dspo": Objective(dspo_loss, defaults={"beta": 0.001}),
+        "dspo": Objective(
+            dspo_loss,
+            defaults={"beta": 0.001, "variant": "sd15"},
+            sdxl={"beta": 5000.0, "variant": "sdxl"},
+        ),
         "inversion-dpo": Objective(
             inversion_dpo_loss,
             inputs=("alphas_cumprod",),
@@ -79,15 +107,15 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             starts_apart=True,
             defaults={"beta": 2000.0},
         ),
-        "mapo": Objective(mapo_loss, needs_reference=False, defaults={"beta": 0.1}),
+        "mapo": Objective(mapo_loss, needs_reference=False, defaults={"beta": 0.1, "snr": 0.5}),
         "kto": Objective(
             kto_loss,
             needs_pairs=False,
             inputs=("desirable",),
             additive=False,
-            defaults={"beta": 5000.0},
+            defaults={"beta": 5000.0, "desirable_weight": 1.0, "undesirable_weight": 1.0},
         ),
         "sft": Objective(sft_loss, needs_reference=False, needs_pairs=False),
     }
 )
-"""Every objective by name. DSPO is additive in its default variant only (see `dspo_loss`)."""
+"""Every objective by name. DSPO is additive in its variant for SD1.5 only (see `dspo_loss`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -94,7 +95,18 @@ def measure(
 ) -> PreferenceErrors:
     """The per-sample errors, [B] each; `through_d` where the loss is a function of d too."""
     check_outputs(policy, pairs=pairs)
-    return ops.preference_errors(policy, reference, target, differentiate_d=through_d, impl=impl)
+    try:
+        return ops.preference_errors(
+            policy, reference, target, differentiate_d=through_d, impl=impl
+        )
+    except (TypeError, ValueError) as error:
+        raise named(error) from error
+
+
+def named(error: TypeError | ValueError) -> TypeError | ValueError:
+    """An operator's error, with the names that its arguments have in an objective."""
+    words = re.sub(r"\bref\b", "reference", re.sub(r"\btheta\b", "policy", str(error)))
+    return TypeError(words) if isinstance(error, TypeError) else ValueError(words)
 
 
 def check_outputs(policy: Tensor, *, pairs: bool) -> None:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .encoders import FAMILIES, Encoders, ModelFiles
+from .encoders import Encoders, ModelFiles
 from .examine import FoundPair, Report, Rules, examine
+from .families import FAMILIES, check_sizes
 from .files import write_json, write_tensors
 from .pairs import DataError
 from .sources import IndexedSource, Source
@@ -84,7 +85,8 @@ class CacheWriter:
         compute_dtype: of the encoders.
 
     Raises:
-        DataError: the folder holds something else; the message says what differs.
+        DataError: the folder holds something else, and the message says what differs; sizes that
+            the model's family cannot be trained on.
     """
 
     def __init__(
@@ -101,6 +103,10 @@ class CacheWriter:
             raise DataError(
                 "random_crop cannot be cached: crop in the centre, or train without a cache"
             )
+        try:
+            check_sizes(files.family, rules.preprocess.buckets)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         self.folder, self.source, self.rules, self.files = Path(folder), source, rules, files
@@ -383,6 +389,10 @@ class CachedPairs(EncodedPairs):
     def buckets(self) -> Sequence[int]:
         buckets: list[int] = self._columns["bucket"]
         return buckets
+
+    @property
+    def sure(self) -> bool:
+        return all(label == 1 for label in self._columns["label"])
 
     def read(self, position: int, *, flipped: bool, empty_prompt: bool) -> EncodedPair:
         number = bisect_right(self._starts, position) - 1

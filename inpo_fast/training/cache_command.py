@@ -15,7 +15,7 @@ from .pairs import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_data_arguments(parser)
+    options.add_data_arguments(parser, resolution=None)
     parser.add_argument(
         "--model",
         "--pretrained_model_name_or_path",
@@ -66,16 +66,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the cache; 0, or 1 with the reason on stderr."""
     try:
         device = _device(arguments.device)
+        files = ModelFiles.find(
+            arguments.model,
+            vae=arguments.vae,
+            revision=arguments.revision,
+            variant=arguments.variant,
+        )
+        resolution = arguments.resolution
+        if resolution is None and arguments.aspect_ratio_buckets is None:
+            # as training does
+            resolution = files.resolution(arguments.model, arguments.revision)
         writer = CacheWriter(
             arguments.output,
             options.opened(arguments),
-            options.rules(arguments, no_hflip=arguments.no_hflip),
-            ModelFiles.find(
-                arguments.model,
-                vae=arguments.vae,
-                revision=arguments.revision,
-                variant=arguments.variant,
-            ),
+            options.rules(arguments, resolution=resolution, no_hflip=arguments.no_hflip),
+            files,
             dtype=DTYPES[arguments.dtype],
             compute_dtype=DTYPES[arguments.compute_dtype],
         )

@@ -6,10 +6,12 @@ import argparse
 import math
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..losses import OBJECTIVES
+from ..losses.registry import Setting
+from . import loss_options
 from .inversion import SOURCES
 from .pairs import TieMode
 
@@ -81,8 +83,13 @@ class PreferenceConfig:
     loss_type: str = _option("inpo", f"objective: {', '.join(OBJECTIVES)}")
     beta_dpo: float | None = _option(
         None,
-        "β; by default that of the objective's public script for SD1.5 (InPO: 2000); SmPO "
-        "multiplies it by 10 (2p - 1), with p = 1 for a pair that is no tie",
+        "β; by default that of the objective's public script for the model (InPO: 2000, for SDXL "
+        "5000); SmPO multiplies it by 10 (2p - 1), with p = 1 for a pair that is no tie",
+    )
+    loss_options: tuple[str, ...] = _option(
+        (),
+        "other settings of the objective, each NAME=VALUE; by default those of its public script "
+        f"for the model, for SD1.5 {loss_options.described()}, and for SDXL dspo variant=sdxl",
     )
     latents: str | None = _option(
         None,
@@ -220,9 +227,14 @@ class PreferenceConfig:
         ):
             if given is not None and given not in table:
                 raise ConfigError(f"{name} must be one of {', '.join(table)}, got {given!r}")
-        if self.beta_dpo is not None and "beta" not in OBJECTIVES[self.loss_type].defaults:
+        objective = OBJECTIVES[self.loss_type]
+        if self.beta_dpo is not None and "beta" not in objective.defaults:
             raise ConfigError(f"loss_type={self.loss_type} has no beta_dpo, got {self.beta_dpo}")
-        if OBJECTIVES[self.loss_type].starts_apart and (self.unet_init is None or self.rank):
+        try:
+            objective.check(self.settings)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"loss_type={self.loss_type}: {error}") from error
+        if objective.starts_apart and (self.unet_init is None or self.rank):
             raise ConfigError(
                 f"loss_type={self.loss_type} has no gradient where the policy equals its "
                 f"reference, the pipeline's denoiser: it needs unet_init, another denoiser to "
@@ -231,12 +243,8 @@ class PreferenceConfig:
             )
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ConfigError("use_8bit_adam needs optimizer=adamw, got adafactor")
-        if self.ties == "soft" and OBJECTIVES[self.loss_type].probability is None:
-            soft = [name for name, objective in OBJECTIVES.items() if objective.probability]
-            raise ConfigError(
-                f"ties=soft needs a loss_type that takes probabilities, one of {', '.join(soft)}, "
-                f"got {self.loss_type}"
-            )
+        if self.ties == "soft":
+            self.check_soft_labels("ties=soft")
         if self.samples_per_inversion > 1 and self.source in ("q_sample", "official"):
             raise ConfigError(
                 f"samples_per_inversion must be 1 with latents={self.source}, which has no path to "
@@ -252,15 +260,46 @@ class PreferenceConfig:
             raise ConfigError("lora_alpha and output_kohya_format need a rank, got none")
 
     @property
-    def beta(self) -> float | None:
-        """β of the objective; None for one that has none."""
-        default = OBJECTIVES[self.loss_type].defaults.get("beta")
-        return default if self.beta_dpo is None else self.beta_dpo
+    def settings(self) -> dict[str, Setting]:
+        """Settings of the objective by keyword; where none is given those for SD1.5."""
+        return {**OBJECTIVES[self.loss_type].defaults, **self._given()}
+
+    def for_model(self, pipeline: str) -> PreferenceConfig:
+        """The config with all settings of the objective given, so that a checkpoint tells them.
+
+        Args:
+            pipeline: class of the model's pipeline.
+        """
+        objective = OBJECTIVES[self.loss_type]
+        own = objective.sdxl if pipeline == "StableDiffusionXLPipeline" else {}
+        settings: dict[str, Any] = {**objective.defaults, **own, **self._given()}
+        options = loss_options.write(settings)
+        return replace(self, beta_dpo=settings.get("beta"), loss_options=options)
+
+    def _given(self) -> dict[str, Setting]:
+        beta: dict[str, Setting] = {} if self.beta_dpo is None else {"beta": self.beta_dpo}
+        return {**beta, **loss_options.read(self.loss_type, self.loss_options)}
 
     @property
     def source(self) -> str:
         """Where x_t comes from, a key of `SOURCES`."""
         return self.latents or OBJECTIVES[self.loss_type].latents
+
+    def check_soft_labels(self, what: str) -> None:
+        """Refuse labels that are no certainties where the objective would take them as such.
+
+        Args:
+            what: has such labels.
+
+        Raises:
+            ConfigError: naming the objectives that take probabilities.
+        """
+        if OBJECTIVES[self.loss_type].probability is None:
+            soft = [name for name, objective in OBJECTIVES.items() if objective.probability]
+            raise ConfigError(
+                f"{what} needs a loss_type that takes probabilities, one of {', '.join(soft)}, got "
+                f"{self.loss_type}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

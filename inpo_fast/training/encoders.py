@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,45 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .families import FAMILIES, own_resolution
 from .images import to_unit
 from .pairs import DataError
 from .stored import Scaling
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between pipelines.
-
-    Attributes:
-        outputs: names of the conditioning, and where `encode_prompt` returns them.
-        arguments: of `encode_prompt`.
-        denoiser: its name in the pipeline.
-        time_ids: whether the denoiser is told sizes and crops.
-    """
-
-    outputs: Mapping[str, int]
-    arguments: Mapping[str, Any]
-    denoiser: str
-    time_ids: bool = False
-
-
-_ONCE = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-
-FAMILIES = {
-    "StableDiffusionPipeline": Family({"prompt_embeds": 0}, _ONCE, "unet"),
-    "StableDiffusionXLPipeline": Family(
-        {"prompt_embeds": 0, "pooled_prompt_embeds": 2}, _ONCE, "unet", time_ids=True
-    ),
-    "StableDiffusion3Pipeline": Family(
-        {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
-        {"prompt_2": None, "prompt_3": None, **_ONCE},
-        "transformer",
-    ),
-    "FluxPipeline": Family(
-        {"prompt_embeds": 0, "pooled_prompt_embeds": 1}, {"prompt_2": None}, "transformer"
-    ),
-}
-"""By the pipeline's class in model_index.json."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +67,25 @@ class ModelFiles:
                 f"the pipeline {model} must be one of {', '.join(FAMILIES)}, got {family}"
             )
         return cls(folder, own, variant, family)
+
+    def resolution(self, model: str | PathLike[str], revision: str | None = None) -> int:
+        """Pixels along a side that the denoiser was made for, by its config alone.
+
+        Args:
+            model, revision: as given to `find`, which does not fetch the denoiser.
+
+        Raises:
+            DataError: there is no such config, or it does not say.
+        """
+        from diffusers import AutoModel
+
+        part = FAMILIES[self.family].component
+        try:
+            return own_resolution(AutoModel.load_config(model, subfolder=part, revision=revision))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"resolution must be given, as the model {model} does not say: {error}"
+            ) from error
 
     def fingerprint(self) -> dict[str, str]:
         """Digest of config, weights and vocabulary of every part that decides what is encoded."""
@@ -162,7 +145,7 @@ class Encoders:
         """
         from diffusers import AutoencoderKL, DiffusionPipeline
 
-        without_denoiser = {FAMILIES[files.family].denoiser: None}
+        without_denoiser = {FAMILIES[files.family].component: None}
         options = {"dtype": dtype, "variant": files.variant, "local_files_only": True}
         try:
             vae = AutoencoderKL.from_pretrained(str(files.vae), **options)

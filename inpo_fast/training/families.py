@@ -1,9 +1,10 @@
-"""The model families: where a pipeline keeps its denoiser, and how the denoiser is called."""
+"""The model families: what a pipeline's text encoders return, where it keeps its denoiser, and how
+the denoiser is called."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..schedule import NoiseSchedule
+from .images import FACTOR
 from .latents import training_schedule
 
 Predict: TypeAlias = Callable[[nn.Module, Tensor, Tensor, "Conditioning"], Tensor]
@@ -33,21 +35,27 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Family:
-    """Pipelines that are trained in the same way.
+    """Pipelines that are encoded and trained in the same way.
 
     Attributes:
+        outputs: names of the conditioning, and where `encode_prompt` returns them.
+        arguments: of `encode_prompt`.
         component: of the pipeline that is trained, `unet` or `transformer`.
         predict: calls it on [B, C, h, w] x_t with [B] times.
         blocks: class names of its repeated blocks, which `compile=blocks` compiles.
         full: whether all weights can be trained; else only a LoRA.
         patch: latents along a side of a token; height and width must be multiples of it.
+        time_ids: whether the denoiser is told sizes and crops.
     """
 
+    outputs: Mapping[str, int]
+    arguments: Mapping[str, Any]
     component: str
     predict: Predict
     blocks: tuple[str, ...]
     full: bool
     patch: int = 1
+    time_ids: bool = False
 
 
 def _unet(model: nn.Module, latents: Tensor, times: Tensor, given: Conditioning) -> Tensor:
@@ -112,23 +120,76 @@ def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)
 
 
+_ONCE = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
 _UNET_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 FAMILIES: Mapping[str, Family] = {
-    "StableDiffusionPipeline": Family("unet", _unet, _UNET_BLOCKS, full=True),
-    "StableDiffusionXLPipeline": Family("unet", _unet_xl, _UNET_BLOCKS, full=True),
+    "StableDiffusionPipeline": Family(
+        outputs={"prompt_embeds": 0},
+        arguments=_ONCE,
+        component="unet",
+        predict=_unet,
+        blocks=_UNET_BLOCKS,
+        full=True,
+    ),
+    "StableDiffusionXLPipeline": Family(
+        outputs={"prompt_embeds": 0, "pooled_prompt_embeds": 2},
+        arguments=_ONCE,
+        component="unet",
+        predict=_unet_xl,
+        blocks=_UNET_BLOCKS,
+        full=True,
+        time_ids=True,
+    ),
     "StableDiffusion3Pipeline": Family(
-        "transformer", _sd3, ("JointTransformerBlock",), full=False, patch=2
+        outputs={"prompt_embeds": 0, "pooled_prompt_embeds": 2},
+        arguments={"prompt_2": None, "prompt_3": None, **_ONCE},
+        component="transformer",
+        predict=_sd3,
+        blocks=("JointTransformerBlock",),
+        full=False,
+        patch=2,
     ),
     "FluxPipeline": Family(
-        "transformer",
-        _flux,
-        ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+        outputs={"prompt_embeds": 0, "pooled_prompt_embeds": 1},
+        arguments={"prompt_2": None},
+        component="transformer",
+        predict=_flux,
+        blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
         full=False,
         patch=2,
     ),
 }
-"""By the pipeline's class."""
+"""By the pipeline's class, as in model_index.json."""
+
+_FLUX_SAMPLE_SIZE = 128
+"""FLUX's config names no size; its pipeline draws 1024² by default."""
+
+
+def own_resolution(config: Mapping[str, Any]) -> int:
+    """Pixels along a side that a denoiser of this config was made for.
+
+    Raises:
+        ValueError: the config does not say.
+    """
+    size = config.get("sample_size", _FLUX_SAMPLE_SIZE)
+    if size is None:
+        raise ValueError("the denoiser's config has no sample_size")
+    return FACTOR * (size if isinstance(size, int) else size[0])
+
+
+def check_sizes(pipeline: str, sizes: Iterable[tuple[int, int]]) -> None:
+    """Refuse heights and widths in pixels that the patches of a denoiser do not cover.
+
+    Raises:
+        ValueError: naming the pipeline's class, a key of `FAMILIES`.
+    """
+    factor = FACTOR * FAMILIES[pipeline].patch
+    if wrong := [size for size in sizes if any(side % factor for side in size)]:
+        raise ValueError(
+            f"resolution and aspect_ratio_buckets must be multiples of {factor} for a {pipeline}, "
+            f"got {', '.join(f'{height},{width}' for height, width in wrong)}"
+        )
 
 
 def schedule_of(scheduler: Any, tokens: int) -> NoiseSchedule:

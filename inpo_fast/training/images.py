@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 """Height and width."""
 
-_FACTOR = 8
+FACTOR = 8
 """Pixels to a latent along a side, in every autoencoder of these families."""
 
 
@@ -57,9 +57,9 @@ class Preprocess:
         if len(set(self.buckets)) != len(self.buckets):
             raise ValueError(f"buckets must differ, got {self.buckets}")
         for size in self.buckets:
-            if any(side < _FACTOR or side % _FACTOR for side in size):
+            if any(side < FACTOR or side % FACTOR for side in size):
                 raise ValueError(
-                    f"height and width of a bucket must be positive multiples of {_FACTOR}, got "
+                    f"height and width of a bucket must be positive multiples of {FACTOR}, got "
                     f"{size[0]},{size[1]}"
                 )
 
@@ -67,22 +67,24 @@ class Preprocess:
     def of_flags(
         cls,
         *,
-        resolution: int = 512,
+        resolution: int | None = None,
         aspect_ratio_buckets: str | None = None,
         random_crop: bool = False,
         no_hflip: bool = False,
     ) -> Preprocess:
-        """Read the flags that diffusers' scripts have; buckets are written `h,w;h,w`.
+        """Read the flags that diffusers' scripts have; buckets are written `h,w;h,w` and take
+        the place of the resolution.
 
         Raises:
             ValueError: naming the flag.
         """
-        if aspect_ratio_buckets is None and (resolution < _FACTOR or resolution % _FACTOR):
-            raise ValueError(
-                f"resolution must be a positive multiple of {_FACTOR}, got {resolution}"
-            )
-        buckets = [(resolution, resolution)]
-        if aspect_ratio_buckets is not None:
+        if aspect_ratio_buckets is None:
+            if resolution is None or resolution < FACTOR or resolution % FACTOR:
+                raise ValueError(
+                    f"resolution must be a positive multiple of {FACTOR}, got {resolution}"
+                )
+            buckets = [(resolution, resolution)]
+        else:
             written = [part.strip() for part in aspect_ratio_buckets.split(";")]
             matches = [re.fullmatch(r"(\d+)\s*,\s*(\d+)", part) for part in written]
             if not all(matches):

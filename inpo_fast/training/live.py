@@ -64,6 +64,10 @@ class LivePairs(PairData):
     def buckets(self) -> Sequence[int]:
         return self.catalogue.buckets
 
+    @property
+    def sure(self) -> bool:
+        return self._rules.ties.mode != "soft" or self.catalogue.report.ties == 0
+
     def _items(self, randomness: Randomness) -> Dataset[Any]:
         return _Views(self._source, self._rules, self.catalogue, randomness)
 

@@ -73,6 +73,11 @@ class PairData(ABC):
     def buckets(self) -> Sequence[int]:
         """Bucket, that is image size, of every pair."""
 
+    @property
+    @abstractmethod
+    def sure(self) -> bool:
+        """Whether every label is 1: no pair whose winner may be the worse one."""
+
     @abstractmethod
     def _items(self, randomness: Randomness) -> Dataset[Any]:
         """A picklable data set that makes an item of a `Pick` in a worker."""

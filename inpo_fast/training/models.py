@@ -13,11 +13,8 @@ from ..losses import OBJECTIVES
 from ..schedule import NoiseSchedule
 from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
-from .encoders import FAMILIES as ENCODED
-from .families import FAMILIES, Family, schedule_of
-
-_FLUX_SAMPLE_SIZE = 128
-"""FLUX's config names no size; its pipeline draws 1024² by default."""
+from .families import FAMILIES, Family, own_resolution, schedule_of
+from .images import FACTOR
 
 
 @dataclass
@@ -51,8 +48,8 @@ class Model:
 
     @property
     def resolution(self) -> int:
-        """Pixels along a side that the denoiser was made for."""
-        return 8 * _sample_size(self.denoiser)
+        """Pixels along a side that the denoiser was made for; see `own_resolution`."""
+        return own_resolution(self.denoiser.config)
 
     def check(self, batch: PairBatch) -> None:
         """Refuse pairs that were encoded for another family, by their shapes and names.
@@ -60,16 +57,16 @@ class Model:
         Raises:
             ConfigError: naming what the denoiser takes and what came.
         """
-        encoded, patch = ENCODED[self.pipeline], self.family.patch
+        family = self.family
         _, channels, *sides = batch.latents.shape
         wrong = []
         if channels != self.latent_channels:
             wrong.append(f"latents of {self.latent_channels} channels, got {channels}")
-        if any(side % patch for side in sides):
-            wrong.append(f"latents whose sides are multiples of {patch}, got {sides}")
-        if missing := encoded.outputs.keys() - batch.text.keys():
+        if any(side % family.patch for side in sides):
+            wrong.append(f"latents whose sides are multiples of {family.patch}, got {sides}")
+        if missing := family.outputs.keys() - batch.text.keys():
             wrong.append(f"the text's {', '.join(sorted(missing))}, got {', '.join(batch.text)}")
-        if encoded.time_ids and batch.time_ids is None:
+        if family.time_ids and batch.time_ids is None:
             wrong.append("time_ids, got none")
         if wrong:
             raise ConfigError(
@@ -103,10 +100,13 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
     if config.unet_init is not None:
         reference = denoiser if OBJECTIVES[config.loss_type].starts_apart else None
         denoiser = _other_denoiser(config.unet_init, type(denoiser), family.component, options)
-    side = config.resolution // 8 if config.resolution else _sample_size(denoiser)
+    try:
+        side = config.resolution or own_resolution(denoiser.config)
+    except ValueError as error:
+        raise ConfigError(f"resolution must be given: {error}") from error
     try:
         # FLUX has a token for 2 × 2 latents
-        schedule = schedule_of(parts.scheduler, (side // 2) ** 2)
+        schedule = schedule_of(parts.scheduler, (side // FACTOR // 2) ** 2)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the model's scheduler cannot be trained on: {error}") from error
     return Model(denoiser, schedule, name, pipeline, reference)
@@ -115,12 +115,6 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
 def pipeline_class(name: str) -> Any:
     """The pipeline's class by name."""
     return getattr(importlib.import_module("diffusers"), name)
-
-
-def _sample_size(denoiser: Any) -> int:
-    size = denoiser.config.get("sample_size", _FLUX_SAMPLE_SIZE)
-    side: int = size if isinstance(size, int) else size[0]
-    return side
 
 
 def _class_in_index(config: PreferenceConfig) -> str:

@@ -12,6 +12,7 @@ from .cache import CachedPairs, is_cache, training_key
 from .config import ConfigError, PreferenceConfig
 from .encoders import Encoders, ModelFiles
 from .examine import Catalogue, Rules
+from .families import check_sizes
 from .images import Preprocess
 from .live import LivePairs
 from .loader import PairData
@@ -34,9 +35,12 @@ def open_pairs(
         dtype: of the encoders.
 
     Raises:
-        ConfigError, DataError: no data set is named, or see `LivePairs` and `CachedPairs`.
+        ConfigError, DataError: no data set is named, labels of given pairs that the objective would
+            take as sure, or see `LivePairs` and `CachedPairs`.
     """
     if isinstance(given, PairData):
+        if not given.sure:
+            config.check_soft_labels("dataset with labels other than 1")
         return given
     source = config.dataset_name if given is None else given
     if source is None:
@@ -50,6 +54,7 @@ def open_pairs(
             random_crop=config.random_crop,
             no_hflip=config.no_hflip,
         )
+        check_sizes(model.pipeline, preprocess.buckets)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     rules = Rules(preprocess, Ties(config.ties, config.seed))
@@ -62,12 +67,6 @@ def open_pairs(
             variant=config.variant,
         )
 
-    wanted = 8 * model.family.patch
-    if any(side % wanted for size in preprocess.buckets for side in size):
-        raise ConfigError(
-            f"resolution and aspect_ratio_buckets must be multiples of {wanted} for a "
-            f"{model.pipeline}, got {preprocess.buckets}"
-        )
     if isinstance(source, (str, Path)) and is_cache(source):
         if config.dataset_split_name is not None:
             raise ConfigError(

@@ -11,7 +11,13 @@ from .pairs import DataError, TieMode, Ties
 from .sources import Source, open_source
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, *, resolution: int | None) -> None:
+    """Add them.
+
+    Args:
+        resolution: the default; None where the command takes that of a model.
+    """
+    shown = "that of the model, so 1024 for SDXL" if resolution is None else "%(default)s"
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -26,8 +32,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resolution",
         type=int,
-        default=512,
-        help="height and width of the images (default: %(default)s)",
+        default=resolution,
+        help=f"height and width of the images (default: {shown})",
     )
     parser.add_argument(
         "--aspect_ratio_buckets",
@@ -66,15 +72,19 @@ def opened(arguments: argparse.Namespace) -> Source:
     )
 
 
-def rules(arguments: argparse.Namespace, *, no_hflip: bool) -> Rules:
+def rules(arguments: argparse.Namespace, *, resolution: int | None, no_hflip: bool) -> Rules:
     """How the arguments make pairs of rows.
+
+    Args:
+        resolution: theirs, or that of the model.
+        no_hflip: never mirror a pair.
 
     Raises:
         DataError: an argument that cannot be.
     """
     try:
         preprocess = Preprocess.of_flags(
-            resolution=arguments.resolution,
+            resolution=resolution,
             aspect_ratio_buckets=arguments.aspect_ratio_buckets,
             no_hflip=no_hflip,
         )

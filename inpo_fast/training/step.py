@@ -66,6 +66,7 @@ class Learner:
         self.config, self.accelerator, self.dtype = config, accelerator, dtype
         self.family, self.schedule, self.networks = model.family, model.schedule, networks
         self.objective: Objective = OBJECTIVES[config.loss_type]
+        self._settings = config.settings
         self.timesteps = _timesteps(config, self.schedule.num_steps)
         self.meter, self.throughput = Meter(), Throughput()
         if "alphas_cumprod" in self.objective.inputs and not self.schedule.discrete:
@@ -155,6 +156,7 @@ class Learner:
         }
         return SOURCES[config.source](
             clean,
+            # winner and loser of a pair share their levels
             [row * rows for row in grid],
             self.schedule,
             generator=noise,
@@ -199,9 +201,7 @@ class Learner:
         if self.networks.reference is not None:
             reference = self._infer(self.networks.reference, call, told)
         target, wanted = call.target, self.objective.inputs
-        settings: dict[str, Any] = dict(self.objective.defaults)
-        if self.config.beta is not None:
-            settings["beta"] = self.config.beta
+        settings: dict[str, Any] = {**self._settings}
         # whatever `ties` is: pairs that were handed over may have soft labels
         if self.objective.probability == "preference":
             settings["preference"] = batch.label

@@ -140,6 +140,10 @@ class MemoryPairs(EncodedPairs):
     def buckets(self) -> Sequence[int]:
         return [0] * len(self._mean)
 
+    @property
+    def sure(self) -> bool:
+        return bool((self._label == 1).all())
+
     def read(self, position: int, *, flipped: bool, empty_prompt: bool) -> EncodedPair:
         mean = self._mean[position]
         text: Mapping[str, Tensor] = {name: t[position] for name, t in self._text.items()}

@@ -44,10 +44,6 @@ class Draw(NamedTuple):
     train_at: tuple[int, ...]
     """The nodes that are training samples; the last is n."""
 
-    def paired(self) -> Draw:
-        """The same levels for winners and losers, [n, 2B]."""
-        return Draw(np.tile(self.grid, 2), self.train_at)
-
 
 class TimestepSampler:
     """Draw levels t uniformly while every micro-batch shares its number of inversion steps n.

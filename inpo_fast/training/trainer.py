@@ -71,6 +71,7 @@ class PreferenceTrainer:
                 f"output_dir {self.folder} holds the result of another training: choose another"
             )
         self.model = load_model(config, model, self.dtype)
+        self.config = config = config.for_model(self.model.pipeline)
         with memory_advice(config):
             self.data = open_pairs(config, self.model, dataset, accelerator, self.dtype)
         self.order = self._order()

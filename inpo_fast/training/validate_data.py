@@ -12,7 +12,7 @@ from .pairs import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_data_arguments(parser)
+    options.add_data_arguments(parser, resolution=512)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the counts; 0, or 1 where there is nothing to train on."""
     try:
         # mirrored or not, the counts are the same
-        rules = options.rules(arguments, no_hflip=True)
+        rules = options.rules(arguments, resolution=arguments.resolution, no_hflip=True)
         source = options.opened(arguments)
         report = Catalogue.of(source, rules, num_workers=arguments.num_workers).report
     except DataError as error:

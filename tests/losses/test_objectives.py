@@ -412,6 +412,11 @@ def test_mapo_at_a_perfect_output():
             r"kl must be a scalar without gradient, got shape \(12,\)",
         ),
         (lambda a: mapo_loss(*a, beta=1.0, snr=0.0), ValueError, "snr must be finite and positive"),
+        (
+            lambda a: CASES["sft"].objective.function(a[0], a[1][:1], a[2]),
+            ValueError,
+            "^reference must have the shape of policy",
+        ),
     ],
 )
 def test_wrong_arguments(call, error, message):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -412,6 +413,18 @@ def test_what_cannot_be_asked_for(source, sd, tmp_path):
         writer(tmp_path / "c", source, sd).write(shard_size=0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("ties", ["soft", "drop"])
+def test_whether_labels_are_sure(sd, tmp_path, tied, ties):
+    rows = [samples.row(0), samples.row(1, label=0), samples.row(2, label=0.5 if tied else 1)]
+    opened = open_source(samples.write_parquet(tmp_path / "a.parquet", rows))
+    rules = Rules(samples.BUCKETS, Ties(ties))
+    sure = not (tied and ties == "soft")
+    assert LivePairs(opened, rules, Encoders.load(ModelFiles.find(sd))).sure == sure
+    writer(tmp_path / "c", opened, sd, rules=rules).write()
+    assert CachedPairs(tmp_path / "c").sure == sure
+
+
 def test_live_training_from_a_stream_says_what_to_do(sd):
     datasets = pytest.importorskip("datasets")
     stream = datasets.Dataset.from_list([samples.row(0)]).to_iterable_dataset()
@@ -440,8 +453,6 @@ def test_command(source, sdxl, tmp_path, capsys):
     arguments += [
         "--output",
         str(tmp_path / "c"),
-        "--resolution",
-        "16",
         "--no_hflip",
         "--num_workers",
         "1",
@@ -450,6 +461,7 @@ def test_command(source, sdxl, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "usable pairs    7" in printed
     assert f"The cache is in {tmp_path / 'c'}" in printed
+    # the UNet's sample_size is 2
     rules = Rules(Preprocess(((16, 16),), flip=False))
     cached = CachedPairs(tmp_path / "c", training_key(ModelFiles.find(sdxl), rules))
     assert cached.key["dtype"] == "torch.float16" and len(cached) == 7 and not cached.flips
@@ -464,3 +476,34 @@ def test_command(source, sdxl, tmp_path, capsys):
         output = ["--output", str(tmp_path / "d")]
         assert cli.main([*arguments, *output, *change]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_the_size_of_a_model_on_the_hub_is_read_from_its_denoiser(sdxl, monkeypatch):
+    asked = []
+
+    def fetched(name, *, filename, subfolder, revision, **options):
+        asked.append((name, revision))
+        return str(sdxl / subfolder / filename)
+
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", fetched)
+    # what is fetched of a model has no denoiser
+    files = replace(ModelFiles.find(sdxl), folder=Path("snapshot"))
+    assert files.resolution("owner/model", "v1") == 16
+    assert asked == [("owner/model", "v1")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "inpo-fast cache: resolution must be given, as the model .* does not say: "),
+        (["--resolution", "24"], "must be multiples of 16 for a FluxPipeline, got 24,24"),
+        (["--aspect_ratio_buckets", "32,16;16,40"], "of 16 for a FluxPipeline, got 16,40"),
+    ],
+)
+def test_sizes_that_training_would_refuse(source, flags, message, tmp_path, capsys):
+    """A pipeline without its denoiser, whose size is not known."""
+    model = samples.save_transformer_pipeline(tmp_path / "model", "flux")
+    where = ["--model", str(model), "--output", str(tmp_path / "c")]
+    assert cli.main(["cache", str(source._files[0]), *where, *flags]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "c").exists()

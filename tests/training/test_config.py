@@ -28,6 +28,7 @@ def test_flags_have_diffusers_names_and_types():
         *("--lora_target_modules", "to_k", "to_v", "--max_grad_norm", "inf"),
         *("--mixed_precision", "bf16", "--beta_dpo", "5000", "--validation_prompts", "a b", "c"),
         *("--rank", "8", "--lr_scheduler", "cosine", "--gradient_checkpointing"),
+        *("--loss_type", "dpo", "--loss_options", "anchor=0.1"),
     )
     assert config == PreferenceConfig(
         pretrained_model_name_or_path="model",
@@ -42,6 +43,8 @@ def test_flags_have_diffusers_names_and_types():
         rank=8,
         lr_scheduler="cosine",
         gradient_checkpointing=True,
+        loss_type="dpo",
+        loss_options=("anchor=0.1",),
     )
 
 
@@ -68,6 +71,33 @@ def test_every_field_has_a_flag_with_help(capsys):
         ({"use_8bit_adam": True, "optimizer": "adafactor"}, "use_8bit_adam needs optimizer=adamw"),
         ({"ties": "soft", "loss_type": "ipo"}, "ties=soft needs a loss_type .*inpo, smpo, dpo"),
         ({"loss_type": "sft", "beta_dpo": 1.0}, "loss_type=sft has no beta_dpo"),
+        ({"loss_type": "ipo", "beta_dpo": 0.0}, "loss_type=ipo: beta must be finite and positive"),
+        (
+            {"loss_type": "kto", "loss_options": ("desirable_weight",)},
+            "loss_type=kto: loss_options must be NAME=VALUE with a NAME of desirable_weight, "
+            "undesirable_weight, got 'desirable_weight'",
+        ),
+        (
+            {"loss_type": "dmpo", "loss_options": ("snr=0.5",)},
+            "loss_type=dmpo: .* with a NAME of alpha, got 'snr=0.5'",
+        ),
+        ({"loss_options": ("beta=3",)}, "loss_type=inpo: loss_options must be none, .*got"),
+        (
+            {"loss_type": "dmpo", "loss_options": ("alpha=.1", "alpha=.2")},
+            "loss_options must have each NAME once, got 'alpha=.2'",
+        ),
+        (
+            {"loss_type": "dmpo", "loss_options": ("alpha=few",)},
+            "alpha of loss_options must be a number, got 'few'",
+        ),
+        (
+            {"loss_type": "dmpo", "loss_options": ("alpha=1.5",)},
+            r"loss_type=dmpo: alpha must be in \(0, 1\), got 1.5",
+        ),
+        (
+            {"loss_type": "dspo", "loss_options": ("variant=xl",)},
+            "loss_type=dspo: variant must be 'sd15' or 'sdxl', got 'xl'",
+        ),
         ({"fused_layers": True, "compile": "blocks"}, "fused_layers needs compile=none"),
         ({"samples_per_inversion": 2, "latents": "q_sample"}, "samples_per_inversion must be 1"),
         ({"inversion_eta": 0.1, "latents": "bdia"}, "inversion_eta needs latents=ddim"),
@@ -79,6 +109,26 @@ def test_every_field_has_a_flag_with_help(capsys):
 def test_a_setting_that_cannot_be(change, message):
     with pytest.raises(ConfigError, match=message):
         PreferenceConfig(**change)
+
+
+def test_settings_of_the_objective_are_those_of_its_script_for_the_model_or_given():
+    sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+
+    def found(pipeline, loss, *options, beta=None):
+        config = PreferenceConfig(loss_type=loss, beta_dpo=beta, loss_options=options)
+        completed = config.for_model(pipeline)
+        assert completed.for_model(sd) == completed and completed.beta_dpo is not None
+        return completed.settings
+
+    assert found(sd, "inpo") == {"beta": 2000.0} and found(xl, "inpo") == {"beta": 5000.0}
+    assert found(xl, "inpo", beta=2000.0) == {"beta": 2000.0}
+    assert found(xl, "dpo", "anchor=0.5") == {"beta": 5000.0, "anchor": 0.5}
+    assert found(sd, "dspo") == {"beta": 0.001, "variant": "sd15"}
+    assert found(xl, "dspo") == {"beta": 5000.0, "variant": "sdxl"}
+    given = {"beta": 0.002, "variant": "sd15"}
+    assert found(xl, "dspo", "variant=sd15", beta=0.002) == given
+    assert found(sd, "dmpo", "alpha=5e-2") == {"beta": 2000.0, "alpha": 0.05}
+    assert PreferenceConfig(loss_type="sft").for_model(xl).settings == {}
 
 
 def test_eight_bit_adam_says_what_to_install(monkeypatch):

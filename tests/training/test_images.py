@@ -140,6 +140,7 @@ def test_garbage_is_corrupt_or_an_image():
     ("flags", "message"),
     [
         ({"resolution": 100}, "resolution must be a positive multiple of 8, got 100"),
+        ({}, "resolution must be a positive multiple of 8, got None"),
         ({"resolution": 0}, "resolution must be a positive multiple of 8, got 0"),
         ({"aspect_ratio_buckets": ""}, "must be written h,w;h,w, got ''"),
         ({"aspect_ratio_buckets": "64x64"}, "must be written h,w;h,w, got '64x64'"),
@@ -154,7 +155,8 @@ def test_wrong_flags(flags, message):
 
 
 def test_flags():
-    assert Preprocess.of_flags() == Preprocess(((512, 512),), random_crop=False, flip=True)
+    got = Preprocess.of_flags(resolution=512)
+    assert got == Preprocess(((512, 512),), random_crop=False, flip=True)
     got = Preprocess.of_flags(resolution=64, random_crop=True, no_hflip=True)
     assert got == Preprocess(((64, 64),), random_crop=True, flip=False)
     with pytest.raises(ValueError, match="buckets must hold at least one size"):

@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_configuration(model, tmp_path):
     trainer(model, tmp_path).train()
     with pytest.raises(ConfigError, match=r"seed: the checkpoint has 0, this run 1") as caught:
         trainer(model, tmp_path, resume_from_checkpoint="latest", seed=1, beta_dpo=3.0)
-    assert "beta_dpo: the checkpoint has None, this run 3.0" in str(caught.value)
+    assert "beta_dpo: the checkpoint has 2000.0, this run 3.0" in str(caught.value)
     other = trainer(model, tmp_path, resume_from_checkpoint="latest", logging_steps=3)
     assert other.step == 4
     with pytest.raises(ConfigError, match="pairs: the checkpoint has 12, this run 14"):

@@ -1,10 +1,12 @@
 """Every setting of a run reaches the place that it is for."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
+from inpo_fast.training.checkpoint import STATE
 from inpo_fast.training.models import load_model
 from inpo_fast.training.optimization import Stepper, make_optimizer
 from inpo_fast.training.trainer import PreferenceTrainer
@@ -85,6 +87,35 @@ def test_beta(model, tmp_path, beta, expected):
     assert [settings["beta"] for _, settings in seen.settings] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("dspo", {"variant": "sdxl"}),
+        ("kto", {"desirable_weight": 0.25, "undesirable_weight": 2.0}),
+        ("dmpo", {"alpha": 0.05}),
+        ("mapo", {"snr": 0.25}),
+        ("smpo", {"scale": 3.0}),
+        ("dpo", {"anchor": 0.5}),
+    ],
+)
+def test_other_settings_of_the_objective(model, tmp_path, loss, options):
+    written = tuple(f"{name}={value}" for name, value in options.items())
+    seen = Watched(model, tmp_path, loss_type=loss, loss_options=written, latents="q_sample")
+    ((_, given),) = seen.settings
+    assert {name: given[name] for name in options} == options
+    for text in written:
+        assert text in (tmp_path / "README.md").read_text()
+
+
+def test_sdxl_has_the_settings_of_its_own_script(tmp_path):
+    xl = tiny.save_pipeline(tmp_path / "xl", "StableDiffusionXLPipeline")
+    options = {"rank": 2, "latents": "q_sample", "checkpointing_steps": 1}
+    seen = Watched(xl, tmp_path / "out", tiny.pairs(xl=True), **options)
+    assert [given["beta"] for _, given in seen.settings] == [5000.0]
+    stored = json.loads((tmp_path / "out" / "checkpoint-1" / STATE).read_text())["config"]
+    assert stored["beta_dpo"] == 5000.0
+
+
 def test_sft_looks_at_winners_alone(model, tmp_path):
     seen = Watched(model, tmp_path, loss_type="sft")
     assert [rows for rows, _ in seen.settings] == [2]
@@ -102,6 +133,15 @@ def test_a_step_is_the_mean_of_its_samples(model, tmp_path, samples_per_inversio
     seen = Watched(model, tmp_path, inversion_steps=2, **options)
     count = 3 * samples_per_inversion
     assert seen.weights == pytest.approx([1 / count] * count)
+
+
+@pytest.mark.parametrize("latents", ["q_sample", "ddim"])
+def test_winner_and_loser_share_their_levels(model, tmp_path, latents):
+    seen = Watched(model, tmp_path, latents=latents, train_batch_size=4)
+    winners, losers = torch.stack([call.timesteps for call, _ in seen.calls]).chunk(2, dim=1)
+    assert torch.equal(winners, losers)
+    # pairs differ where they are trained on
+    assert len(winners[-1].unique()) > 1
 
 
 def test_the_first_timestep(model, tmp_path):

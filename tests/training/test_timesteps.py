@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from inpo_fast.training import Draw, TimestepSampler, even_grid, inversion_depth
+from inpo_fast.training import TimestepSampler, even_grid, inversion_depth
 
 
 class Scripted:
@@ -99,11 +99,6 @@ def test_grids_whose_steps_are_no_integers():
     for _ in range(100):
         grid = sampler.draw(64, generator).grid
         assert (grid >= 0).all() and set(np.diff(grid, axis=0).ravel()) <= {142, 143}
-
-
-def test_pairs_share_their_levels():
-    draw = Draw(np.array([[1, 2], [11, 12]]), (2,)).paired()
-    assert draw.grid.tolist() == [[1, 2, 1, 2], [11, 12, 11, 12]] and draw.train_at == (2,)
 
 
 def test_an_even_grid_ends_at_t_and_takes_every_level_at_most_once():

@@ -370,6 +370,16 @@ def test_a_soft_tie_has_no_gradient_at_the_start(model, tmp_path, loss, ties):
     assert trainer(model, tmp_path / "b", data, **options).train()[0]["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("label", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("loss", ["mapo", "sft"])
+def test_soft_labels_need_an_objective_that_takes_probabilities(model, tmp_path, loss, label):
+    data = tiny.pairs()
+    data._label[3] = label
+    words = "dataset with labels other than 1 needs .* probabilities, one of inpo, smpo, dpo, got "
+    with pytest.raises(ConfigError, match=words + loss):
+        trainer(model, tmp_path, data, loss_type=loss)
+
+
 def test_epochs_that_end_before_the_learning_rate_has_risen(model, tmp_path):
     options = {"max_train_steps": None, "train_batch_size": 12, "lr_warmup_steps": 100}
     with pytest.raises(ConfigError, match="lr_warmup_steps=100 leaves a run of 1 optimiser steps"):
@@ -583,7 +593,8 @@ def test_a_cache_trains_as_live_pairs_do_and_loads_no_encoder(tmp_path, monkeypa
     from inpo_fast.shipped import model_path, preferences_path
     from inpo_fast.training.encoders import Encoders
 
-    settings = {"rank": 2, "max_train_steps": 2, "inversion_steps": 1, "resolution": 64}
+    # both take the size of the model, where none is named
+    settings = {"rank": 2, "max_train_steps": 2, "inversion_steps": 1}
     live = tiny.config(
         *(model_path(), tmp_path / "live"),
         dataset_name=str(preferences_path()),
@@ -591,7 +602,7 @@ def test_a_cache_trains_as_live_pairs_do_and_loads_no_encoder(tmp_path, monkeypa
         **settings,
     )
     logged = PreferenceTrainer(live).train()
-    flags = ["--resolution", "64", "--dtype", "float32", "--max_train_samples", "8"]
+    flags = ["--dtype", "float32", "--max_train_samples", "8"]
     where = ["--model", str(model_path()), "--output", str(tmp_path / "cache"), "--device", "cpu"]
     assert main(["cache", str(preferences_path()), *where, *flags]) == 0
     monkeypatch.delattr(Encoders, "load")
@@ -846,6 +857,13 @@ def test_sizes_that_no_token_covers(tmp_path):
     config = tiny.config(flux, tmp_path / "out", rank=2, resolution=24, dataset_name="pairs")
     with pytest.raises(ConfigError, match=r"resolution .* multiples of 16 for a FluxPipeline"):
         PreferenceTrainer(config)
+
+
+def test_a_model_that_does_not_say_its_size(tmp_path):
+    folder = tiny.save_pipeline(tmp_path / "model")
+    tiny.unet(sample_size=None).save_pretrained(folder / "unet")
+    with pytest.raises(ConfigError, match=r"^resolution must be given: .* has no sample_size"):
+        trainer(folder, tmp_path / "out")
 
 
 def test_the_command_reports_what_it_leaves_out(sd, tmp_path, capsys):
