@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.nn import functional
 
-from inpo_fast.training import PreferenceTrainer, layers
+from inpo_fast.training import PreferenceTrainer, layer_launch, layers
 from tests.training import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -140,8 +140,8 @@ def test_layer_norm_of_a_sum():
 
 
 def test_layer_norm_with_more_rows_than_programs_have_tiles(monkeypatch):
-    monkeypatch.setattr(layers.kernels, "PROGRAMS", 2)
-    monkeypatch.setattr(layers.kernels, "TILE", 16)
+    monkeypatch.setattr(layer_launch, "PROGRAMS", 2)
+    monkeypatch.setattr(layer_launch, "TILE", 16)
     x = image(11, 8)
     assert_as_good(nn.LayerNorm(8), lambda norm, x: norm(x), x, classes=["FusedLayerNorm"])
 
