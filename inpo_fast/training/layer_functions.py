@@ -14,14 +14,24 @@ from ..ops.triton_launch import on_device_of
 from . import layer_launch as kernels
 
 
-def _output_dtype(x: Tensor) -> torch.dtype:
-    """What the next product under autocast reads."""
+def has_kernels(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether to launch a kernel; torch computes otherwise, or says what is wrong.
+
+    What torch compiles or exports is left to its compiler, which cannot look into these kernels.
+    Weights that are elsewhere have an address that no kernel may read.
+    """
+    return (
+        x.device.type == ("cpu" if INTERPRETED else "cuda")
+        and x.dtype != torch.float64
+        and (weight is None or weight.device == x.device)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _output_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What the next product reads of numbers of `dtype`: under autocast its own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def has_kernels(x: Tensor) -> bool:
-    return x.device.type == ("cpu" if INTERPRETED else "cuda") and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
 def pixels(image: Tensor) -> Tensor:
@@ -62,7 +72,7 @@ class GroupNorm(torch.autograd.Function):
         y, moments = kernels.group_norm(
             *(x, shift, weight, bias, groups, eps),
             activated=activated,
-            dtype=_output_dtype(image),
+            dtype=_output_dtype(image, image.dtype),
         )
         ctx.save_for_backward(x, shift, moments, weight, bias)
         ctx.activated = activated
@@ -86,7 +96,8 @@ class LayerNorm(torch.autograd.Function):
         x = _rows(input)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        y, _ = kernels.layer_norm(x, None, weight, bias, eps, dtype=_output_dtype(input))
+        dtype = _output_dtype(input, input.dtype)
+        y, _ = kernels.layer_norm(x, None, weight, bias, eps, dtype=dtype)
         return y.view(input.shape)
 
     @staticmethod
@@ -105,7 +116,8 @@ class SumLayerNorm(torch.autograd.Function):
         ctx: Any, input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         y, total = kernels.layer_norm(
-            *(_rows(input), _rows(residual), weight, bias, eps), dtype=_output_dtype(input)
+            *(_rows(input), _rows(residual), weight, bias, eps),
+            dtype=_output_dtype(input, torch.result_type(input, residual)),
         )
         ctx.save_for_backward(total, weight)
         ctx.eps, ctx.dtypes = eps, (input.dtype, residual.dtype)

@@ -53,19 +53,20 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
 class FusedGroupNorm(nn.GroupNorm):
     """`torch.nn.GroupNorm` of [N, C, …], images as a rule.
 
-    A `shift` [N, C] is added to every pixel before, and SiLU follows where `activated`.
+    A `shift` [N, C] or [1, C] is added to every pixel before, and SiLU follows where `activated`.
     """
 
     def forward(
         self, input: Tensor, activated: bool = False, shift: Tensor | None = None
     ) -> Tensor:
-        if not functions.has_kernels(input):
+        if not functions.has_kernels(input, self.weight):
             if shift is not None:
                 input = input + shift.reshape(*shift.shape, *[1] * (input.ndim - 2))
             y = super().forward(input)
             return functional.silu(y) if activated else y
         _check_channels(input.shape[1], self.num_channels)
-        shift = None if shift is None else shift.float().contiguous()
+        if shift is not None:
+            shift = shift.float().expand(input.shape[:2]).contiguous()
         given = (shift, self.weight, self.bias, self.num_groups, self.eps, activated)
         return functions.apply(functions.GroupNorm, input, *given)
 
@@ -81,17 +82,18 @@ class FusedLayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not functions.has_kernels(input):
+        if not functions.has_kernels(input, self.weight):
             return super().forward(input)
         _check_channels(input.shape[-1], self.normalized_shape[0])
         return functions.apply(functions.LayerNorm, input, self.weight, self.bias, self.eps)
 
     def add(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of both, and its norm."""
-        if not functions.has_kernels(input):
+        if not functions.has_kernels(input, self.weight):
             total = input + residual
             return total, super().forward(total)
         _check_channels(input.shape[-1], self.normalized_shape[0])
+        _check_shape(input, residual)
         given = (residual, self.weight, self.bias, self.eps)
         total, y = functions.apply(functions.SumLayerNorm, input, *given)
         return total, y
@@ -161,9 +163,9 @@ class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
             return y
         own = encoder_hidden_states if self.only_cross_attention else None
         hidden = self.attn1(self.norm1(hidden_states), own, attention_mask)
-        total, hidden = self.norm2.add(hidden, hidden_states)
+        total, hidden = _added(self.norm2, hidden, hidden_states)
         hidden = self.attn2(hidden, encoder_hidden_states, encoder_attention_mask)
-        total, hidden = self.norm3.add(hidden, total)
+        total, hidden = _added(self.norm3, hidden, total)
         y = self.ff(hidden) + total
         return y
 
@@ -185,6 +187,7 @@ class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
         if bias is None:
             y = input_tensor + hidden
         else:
+            _check_shape(hidden, input_tensor)
             y = functions.apply(functions.BiasedSum, input_tensor, hidden, bias)
         return y if self.output_scale_factor == 1 else y / self.output_scale_factor
 
@@ -290,17 +293,46 @@ def _check_channels(given: int, wanted: int) -> None:
         raise ValueError(f"input must have {wanted} channels, got {given}")
 
 
-def _is_bare(conv: nn.Module) -> bool:
-    """Whether to call a module is to convolve, and nothing else: no adapter, offloading or hook."""
+def _check_shape(x: Tensor, residual: Tensor) -> None:
+    """The kernels would read beyond the end of the smaller one."""
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"a sum with a residual of shape {tuple(residual.shape)} needs that shape, "
+            f"got {tuple(x.shape)}"
+        )
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether to call a module is to compute what its class does: no offloading and no hook."""
+    return (
+        "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def _is_bare_conv(conv: nn.Module) -> bool:
+    """Whether to call a module is to convolve, and nothing else.
+
+    An adapter has another class. Where the policy has one, its reference, which has none, says so
+    (`policy.lora`): both are called, and convolve in the same way.
+    """
     return (
         type(conv) is nn.Conv2d
         and conv.padding_mode == "zeros"
-        and "forward" not in vars(conv)
-        and not conv._forward_hooks
-        and not conv._forward_pre_hooks
-        and not conv._backward_hooks
-        and not conv._backward_pre_hooks
+        and "beside_adapter" not in vars(conv)
+        and _is_bare(conv)
     )
+
+
+def _added(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of both, and its norm."""
+    if isinstance(norm, FusedLayerNorm) and _is_bare(norm):
+        return norm.add(x, residual)
+    total = x + residual
+    return total, norm(total)
 
 
 def _convolved(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -309,7 +341,7 @@ def _convolved(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     The bias is rounded as autocast does it: a reference has it in 16 bit, a policy in float32.
     """
     y: Tensor
-    if not functions.has_kernels(x) or not _is_bare(conv) or conv.bias is None:
+    if not functions.has_kernels(x) or not _is_bare_conv(conv) or conv.bias is None:
         y = conv(x)
         return y, None
     y = functional.conv2d(
@@ -321,11 +353,17 @@ def _convolved(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
 def _pointwise(conv: Any, image: Tensor) -> Tensor:
     """A convolution of single pixels, as a product that adds the bias."""
     y: Tensor
-    single = _is_bare(conv) and conv.kernel_size == conv.stride == (1, 1)
-    single = single and conv.padding in ((0, 0), 0) and conv.groups == 1
-    if not functions.has_kernels(image) or not single:
+    if not (
+        functions.has_kernels(image)
+        and _is_bare_conv(conv)
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding in ((0, 0), 0)
+        and conv.groups == 1
+    ):
         y = conv(image)
         return y
-    y = functional.linear(functions.pixels(image), conv.weight.flatten(1), conv.bias)
+    # in this order, so that the gradient lies as a weight in channels last does
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    y = functional.linear(functions.pixels(image), weight, conv.bias)
     y = y.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
     return y
