@@ -6,8 +6,8 @@ same place. Biases of convolutions, the time embedding and residual sums, for wh
 writes whole images, are left to the kernel that reads the image next, which does not round what
 torch rounds between them. No graph is compiled, so nothing waits for a compiler, and policy and
 reference, with and without gradient, run the same kernels and have the same bits. Where there are
-no kernels, off the GPU or in float64, torch's own layers compute: a pipeline that was trained goes
-anywhere.
+no kernels, off the GPU, in float64 or under torch.compile, torch's own layers compute: a pipeline
+that was trained goes anywhere. Modules with hooks, of offloading say, are called as they are.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ class FusedLayerNorm(nn.LayerNorm):
 
     def add(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of both, and its norm."""
+        _check_shape(input, residual)
         if not functions.has_kernels(input, self.weight):
             total = input + residual
             return total, super().forward(total)
         _check_channels(input.shape[-1], self.normalized_shape[0])
-        _check_shape(input, residual)
         given = (residual, self.weight, self.bias, self.eps)
         total, y = functions.apply(functions.SumLayerNorm, input, *given)
         return total, y

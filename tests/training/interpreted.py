@@ -114,6 +114,20 @@ def test_nothing(module, shape):
     assert results[1].shape == shape
 
 
+def test_blocks_of_nothing():
+    block = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=12, groups=4).eval()
+    layers.fuse(block)
+    results = gradients(
+        block, lambda module, *given: module(*given), image(0, 8, 3, 3), image(0, 12)
+    )
+    assert results[0].shape == (0, 16, 3, 3) and not any(result.any() for result in results)
+    transformer = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval()
+    layers.fuse(transformer)
+    call = lambda module, x, text: module(x, encoder_hidden_states=text)  # noqa: E731
+    results = gradients(transformer, call, image(0, 6, 16), image(0, 3, 12))
+    assert results[0].shape == (0, 6, 16) and not any(result.any() for result in results)
+
+
 def test_group_norm_of_a_large_mean():
     norm = nn.GroupNorm(4, 8)
     x = 1000 + image(2, 8, 9, 15)
