@@ -141,7 +141,11 @@ class BiasedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
         ctx.dtypes = (x.dtype, y.dtype, bias.dtype)
-        return _image(kernels.biased_sum(pixels(x), pixels(y), bias), x)
+        # not a view: FreeU writes into what a block returns, and autograd refuses that for views
+        dtype = torch.result_type(x, y)
+        total = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+        kernels.biased_sum(pixels(x), pixels(y), bias, pixels(total))
+        return total
 
     @staticmethod
     @once_differentiable

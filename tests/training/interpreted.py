@@ -174,6 +174,40 @@ def test_resnet_block(out):
     )
 
 
+def test_free_u_writes_into_what_a_block_returns():
+    unet = tiny.with_trained_norms(tiny.unet()).eval()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    text = image(2, 3, unet.config.cross_attention_dim)
+
+    def call(module, x, text):
+        return module(x, torch.tensor([3, 700]), text, return_dict=False)[0]
+
+    layers.fuse(fused := copy.deepcopy(unet))
+    found = gradients(fused, call, image(2, 4, 8, 8), text)
+    expected = gradients(unet, call, image(2, 4, 8, 8), text)
+    # float32 in other orders of summation
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    unet = tiny.with_trained_norms(tiny.unet()).eval()
+    layers.fuse(unet)
+    given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        unet.zero_grad()
+        # not bfloat16, to which the interpreter truncates
+        with torch.autocast("cpu", torch.float16):
+            y = unet(*given, return_dict=False)[0]
+        y.float().square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in unet.parameters()])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_transformer(linear):
     block = Transformer2DModel(
