@@ -39,7 +39,7 @@ def launch(
     Args:
         kernel: a Triton kernel, which always has the same options.
         grid: of its programs.
-        tensors: on one device.
+        tensors: on one device: the second launch takes their addresses, whatever they are.
         scalars: numbers, and compile-time constants after them.
         options: for its compilation.
 
@@ -65,10 +65,10 @@ def launch(
         knobs.runtime.debug,
         knobs.compilation.instrumentation_mode,
     )
-    launch = _compiled.get(key)
-    if launch is not None:
+    again = _compiled.get(key)
+    if again is not None:
         stream = triton.runtime.driver.active.get_current_stream(device)
-        launch(*pointers, *scalars, stream=stream)
+        again(*pointers, *scalars, stream=stream)
         return
     compiled = kernel[grid](*tensors, *scalars, **options)
     if isinstance(compiled, CompiledKernel):  # The interpreter has none.

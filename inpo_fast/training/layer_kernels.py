@@ -1,8 +1,9 @@
-"""Triton kernels of the layers between a UNet's products: norms, and the gate of its MLPs.
+"""Triton kernels of the layers between a UNet's products: norms, sums, and the gate of its MLPs.
 
-Everything is computed in float32 and rounded once, where torch's autocast rounds. Sums are added in
-a fixed order without atomics, so a result repeats its bits. Group norms are of [N, P, C]: P pixels
-with their channels side by side, which is how an image in channels last lies in memory.
+Everything is computed in float32 and rounded where it is stored, and besides only where a kernel
+says so. Sums are added in a fixed order without atomics, so a result repeats its bits. Group norms
+are of [N, P, C]: P pixels with their channels side by side, which is how an image in channels last
+lies in memory.
 """
 
 from __future__ import annotations
@@ -455,7 +456,7 @@ def _geglu_kernel(x_ptr, y_ptr, rows, width, GATES: tl.constexpr, GATED_ROWS: tl
 def _geglu_backward_kernel(
     x_ptr, dy_ptr, dx_ptr, rows, width, GATES: tl.constexpr, GATED_ROWS: tl.constexpr
 ):
-    """Gradients of value and gate."""
+    """Gradients of value and gate; GELU and its gradient are rounded before, as in torch."""
     value, gate, place, at, mask = _gate(x_ptr, rows, width, GATES, GATED_ROWS)
     dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
     below = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))

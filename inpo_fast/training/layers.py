@@ -6,13 +6,12 @@ same place. Biases of convolutions, the time embedding and residual sums, for wh
 writes whole images, are left to the kernel that reads the image next, which does not round what
 torch rounds between them. No graph is compiled, so nothing waits for a compiler, and policy and
 reference, with and without gradient, run the same kernels and have the same bits. Where there are
-no kernels, off the GPU or in float64, torch's own layers compute: a pipeline that was trained goes
-anywhere.
+no kernels, off the GPU, in float64 or under torch.compile, torch's own layers compute: a pipeline
+that was trained goes anywhere. Modules with hooks, of offloading say, are called as they are.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,12 +22,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..ops.triton import INTERPRETED
-from ..ops.triton_launch import on_device_of
-from . import layer_launch as kernels
+from . import layer_functions as functions
 
 
 def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
@@ -57,21 +53,22 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
 class FusedGroupNorm(nn.GroupNorm):
     """`torch.nn.GroupNorm` of [N, C, …], images as a rule.
 
-    A `shift` [N, C] is added to every pixel before, and SiLU follows where `activated`.
+    A `shift` [N, C] or [1, C] is added to every pixel before, and SiLU follows where `activated`.
     """
 
     def forward(
         self, input: Tensor, activated: bool = False, shift: Tensor | None = None
     ) -> Tensor:
-        if not _has_kernels(input):
+        if not functions.has_kernels(input, self.weight):
             if shift is not None:
                 input = input + shift.reshape(*shift.shape, *[1] * (input.ndim - 2))
             y = super().forward(input)
             return functional.silu(y) if activated else y
         _check_channels(input.shape[1], self.num_channels)
-        shift = None if shift is None else shift.float().contiguous()
+        if shift is not None:
+            shift = shift.float().expand(input.shape[:2]).contiguous()
         given = (shift, self.weight, self.bias, self.num_groups, self.eps, activated)
-        return _apply(_GroupNorm, input, *given)
+        return functions.apply(functions.GroupNorm, input, *given)
 
 
 class FusedGroupNormActivation(FusedGroupNorm):
@@ -85,18 +82,20 @@ class FusedLayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _has_kernels(input):
+        if not functions.has_kernels(input, self.weight):
             return super().forward(input)
         _check_channels(input.shape[-1], self.normalized_shape[0])
-        return _apply(_LayerNorm, input, self.weight, self.bias, self.eps)
+        return functions.apply(functions.LayerNorm, input, self.weight, self.bias, self.eps)
 
     def add(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of both, and its norm."""
-        if not _has_kernels(input):
+        _check_shape(input, residual)
+        if not functions.has_kernels(input, self.weight):
             total = input + residual
             return total, super().forward(total)
         _check_channels(input.shape[-1], self.normalized_shape[0])
-        total, y = _apply(_SumLayerNorm, input, residual, self.weight, self.bias, self.eps)
+        given = (residual, self.weight, self.bias, self.eps)
+        total, y = functions.apply(functions.SumLayerNorm, input, *given)
         return total, y
 
 
@@ -104,10 +103,10 @@ class FusedGEGLU(GEGLU):  # type: ignore[misc]
     """diffusers' GEGLU (Shazeer 2020)."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not _has_kernels(hidden_states):
+        if args or kwargs or not functions.has_kernels(hidden_states):
             y: Tensor = super().forward(hidden_states, *args, **kwargs)
             return y
-        return _apply(_Gate, self.proj(hidden_states))
+        return functions.apply(functions.Gate, self.proj(hidden_states))
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
@@ -164,9 +163,9 @@ class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
             return y
         own = encoder_hidden_states if self.only_cross_attention else None
         hidden = self.attn1(self.norm1(hidden_states), own, attention_mask)
-        total, hidden = self.norm2.add(hidden, hidden_states)
+        total, hidden = _added(self.norm2, hidden, hidden_states)
         hidden = self.attn2(hidden, encoder_hidden_states, encoder_attention_mask)
-        total, hidden = self.norm3.add(hidden, total)
+        total, hidden = _added(self.norm3, hidden, total)
         y = self.ff(hidden) + total
         return y
 
@@ -188,7 +187,8 @@ class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
         if bias is None:
             y = input_tensor + hidden
         else:
-            y = _apply(_BiasedSum, input_tensor, hidden, bias)
+            _check_shape(hidden, input_tensor)
+            y = functions.apply(functions.BiasedSum, input_tensor, hidden, bias)
         return y if self.output_scale_factor == 1 else y / self.output_scale_factor
 
 
@@ -198,9 +198,9 @@ class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         hidden_states = self.norm(hidden_states)
         if self.use_linear_projection:
-            hidden = self.proj_in(_pixels(hidden_states))
+            hidden = self.proj_in(functions.pixels(hidden_states))
         else:
-            hidden = _pixels(_pointwise(self.proj_in, hidden_states))
+            hidden = functions.pixels(_pointwise(self.proj_in, hidden_states))
         return hidden, hidden.shape[-1]
 
     def _get_output_for_continuous_inputs(
@@ -287,55 +287,52 @@ for _stock, (_fused, _) in _FUSED.items():
 FusedGroupNormActivation.__name__ = nn.GroupNorm.__name__
 
 
-def _output_dtype(x: Tensor) -> torch.dtype:
-    """What the next product under autocast reads."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _has_kernels(x: Tensor) -> bool:
-    return x.device.type == ("cpu" if INTERPRETED else "cuda") and x.dtype != torch.float64
-
-
 def _check_channels(given: int, wanted: int) -> None:
     """The kernels would read beyond the end of the weights."""
     if given != wanted:
         raise ValueError(f"input must have {wanted} channels, got {given}")
 
 
-def _pixels(image: Tensor) -> Tensor:
-    """[N, C, …] as [N, P, C], without a copy where it lies in channels last."""
-    samples, channels, *size = image.shape
-    return image.reshape(samples, channels, math.prod(size)).transpose(1, 2).contiguous()
+def _check_shape(x: Tensor, residual: Tensor) -> None:
+    """The kernels would read beyond the end of the smaller one."""
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"a sum with a residual of shape {tuple(residual.shape)} needs that shape, "
+            f"got {tuple(x.shape)}"
+        )
 
 
-def _image(pixels: Tensor, like: Tensor) -> Tensor:
-    """[N, P, C] as [N, C, …], in channels last."""
-    return pixels.transpose(1, 2).reshape(like.shape)
+def _is_bare(module: nn.Module) -> bool:
+    """Whether to call a module is to compute what its class does: no offloading and no hook."""
+    return (
+        "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[…, W] as [R, W]."""
-    return x.contiguous().view(-1, x.shape[-1])
+def _is_bare_conv(conv: nn.Module) -> bool:
+    """Whether to call a module is to convolve, and nothing else.
 
-
-def _apply(function: Any, x: Tensor, *given: Any) -> Tensor:
-    with on_device_of(x):
-        y: Tensor = function.apply(x, *given)
-    return y
-
-
-def _is_bare(conv: nn.Module) -> bool:
-    """Whether to call a module is to convolve, and nothing else: no adapter, offloading or hook."""
+    An adapter has another class. Where the policy has one, its reference, which has none, says so
+    (`policy.lora`): both are called, and convolve in the same way.
+    """
     return (
         type(conv) is nn.Conv2d
         and conv.padding_mode == "zeros"
-        and "forward" not in vars(conv)
-        and not conv._forward_hooks
-        and not conv._forward_pre_hooks
-        and not conv._backward_hooks
-        and not conv._backward_pre_hooks
+        and "beside_adapter" not in vars(conv)
+        and _is_bare(conv)
     )
+
+
+def _added(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of both, and its norm."""
+    if isinstance(norm, FusedLayerNorm) and _is_bare(norm):
+        return norm.add(x, residual)
+    total = x + residual
+    return total, norm(total)
 
 
 def _convolved(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -344,7 +341,7 @@ def _convolved(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     The bias is rounded as autocast does it: a reference has it in 16 bit, a policy in float32.
     """
     y: Tensor
-    if not _has_kernels(x) or not _is_bare(conv) or conv.bias is None:
+    if not functions.has_kernels(x) or not _is_bare_conv(conv) or conv.bias is None:
         y = conv(x)
         return y, None
     y = functional.conv2d(
@@ -356,120 +353,17 @@ def _convolved(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
 def _pointwise(conv: Any, image: Tensor) -> Tensor:
     """A convolution of single pixels, as a product that adds the bias."""
     y: Tensor
-    single = _is_bare(conv) and conv.kernel_size == conv.stride == (1, 1)
-    if not _has_kernels(image) or not single or conv.padding not in ((0, 0), 0) or conv.groups > 1:
+    if not (
+        functions.has_kernels(image)
+        and _is_bare_conv(conv)
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding in ((0, 0), 0)
+        and conv.groups == 1
+    ):
         y = conv(image)
         return y
-    y = functional.linear(_pixels(image), conv.weight.flatten(1), conv.bias)
+    # in this order, so that the gradient lies as a weight in channels last does
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    y = functional.linear(functions.pixels(image), weight, conv.bias)
     y = y.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
     return y
-
-
-class _GroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        shift: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        groups: int,
-        eps: float,
-        activated: bool,
-    ) -> Tensor:
-        x = _pixels(image)
-        y, moments = kernels.group_norm(
-            *(x, shift, weight, bias, groups, eps),
-            activated=activated,
-            dtype=_output_dtype(image),
-        )
-        ctx.save_for_backward(x, shift, moments, weight, bias)
-        ctx.activated = activated
-        return _image(y, image)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, shift, moments, weight, bias = ctx.saved_tensors
-        dx, *others = kernels.group_norm_backward(
-            *(x, _pixels(dy), shift, moments, weight, bias),
-            activated=ctx.activated,
-            affine=any(ctx.needs_input_grad[2:4]),
-        )
-        return _image(dx, dy), *others, None, None, None
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        x = _rows(input)
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        y, _ = kernels.layer_norm(x, None, weight, bias, eps, dtype=_output_dtype(input))
-        return y.view(input.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dx, dweight, dbias = kernels.layer_norm_backward(
-            x, _rows(dy), None, weight, ctx.eps, affine=any(ctx.needs_input_grad[1:3])
-        )
-        return dx.view(dy.shape), dweight, dbias, None
-
-
-class _SumLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        y, total = kernels.layer_norm(
-            *(_rows(input), _rows(residual), weight, bias, eps), dtype=_output_dtype(input)
-        )
-        ctx.save_for_backward(total, weight)
-        ctx.eps, ctx.dtypes = eps, (input.dtype, residual.dtype)
-        return total.view(input.shape), y.view(input.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight = ctx.saved_tensors
-        dx, dweight, dbias = kernels.layer_norm_backward(
-            *(total, _rows(dy), _rows(dtotal), weight, ctx.eps),
-            affine=any(ctx.needs_input_grad[2:4]),
-        )
-        dx = dx.view(dy.shape)
-        return *(dx.to(dtype) for dtype in ctx.dtypes), dweight, dbias, None
-
-
-class _BiasedSum(torch.autograd.Function):
-    """x + y + b of images x and y, with b for every channel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
-        ctx.dtypes = (x.dtype, y.dtype, bias.dtype)
-        return _image(kernels.biased_sum(_pixels(x), _pixels(y), bias), x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        first, second, last = ctx.dtypes
-        dbias = None
-        if ctx.needs_input_grad[2]:
-            dbias = _pixels(dtotal).sum((0, 1), dtype=torch.float32).to(last)
-        return dtotal.to(first), dtotal.to(second), dbias
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, projected: Tensor) -> Tensor:
-        x = _rows(projected)
-        ctx.save_for_backward(x)
-        return kernels.geglu(x).view(*projected.shape[:-1], x.shape[1] // 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        dx = kernels.geglu_backward(x, _rows(dy))
-        return dx.view(*dy.shape[:-1], dx.shape[1])

@@ -106,6 +106,10 @@ def lora(
                 target_modules=list(targets),
             )
         )
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            # for `layers`, which then computes both in the same way
+            vars(reference.get_submodule(name))["beside_adapter"] = True
     cast_training_params(model, dtype=torch.float32)
     return model, reference
 

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.nn import functional
 
-from inpo_fast.training import PreferenceTrainer, layers
+from inpo_fast.training import PreferenceTrainer, layer_launch, layers, policy
 from tests.training import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -114,6 +114,20 @@ def test_nothing(module, shape):
     assert results[1].shape == shape
 
 
+def test_blocks_of_nothing():
+    block = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=12, groups=4).eval()
+    layers.fuse(block)
+    results = gradients(
+        block, lambda module, *given: module(*given), image(0, 8, 3, 3), image(0, 12)
+    )
+    assert results[0].shape == (0, 16, 3, 3) and not any(result.any() for result in results)
+    transformer = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval()
+    layers.fuse(transformer)
+    call = lambda module, x, text: module(x, encoder_hidden_states=text)  # noqa: E731
+    results = gradients(transformer, call, image(0, 6, 16), image(0, 3, 12))
+    assert results[0].shape == (0, 6, 16) and not any(result.any() for result in results)
+
+
 def test_group_norm_of_a_large_mean():
     norm = nn.GroupNorm(4, 8)
     x = 1000 + image(2, 8, 9, 15)
@@ -140,8 +154,8 @@ def test_layer_norm_of_a_sum():
 
 
 def test_layer_norm_with_more_rows_than_programs_have_tiles(monkeypatch):
-    monkeypatch.setattr(layers.kernels, "PROGRAMS", 2)
-    monkeypatch.setattr(layers.kernels, "TILE", 16)
+    monkeypatch.setattr(layer_launch, "PROGRAMS", 2)
+    monkeypatch.setattr(layer_launch, "TILE", 16)
     x = image(11, 8)
     assert_as_good(nn.LayerNorm(8), lambda norm, x: norm(x), x, classes=["FusedLayerNorm"])
 
@@ -158,6 +172,40 @@ def test_resnet_block(out):
         *(block, lambda module, x, t: module(x, t), image(2, 16, 5, 6), image(2, 12)),
         classes=["FusedResnetBlock", "FusedGroupNorm"],
     )
+
+
+def test_free_u_writes_into_what_a_block_returns():
+    unet = tiny.with_trained_norms(tiny.unet()).eval()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    text = image(2, 3, unet.config.cross_attention_dim)
+
+    def call(module, x, text):
+        return module(x, torch.tensor([3, 700]), text, return_dict=False)[0]
+
+    layers.fuse(fused := copy.deepcopy(unet))
+    found = gradients(fused, call, image(2, 4, 8, 8), text)
+    expected = gradients(unet, call, image(2, 4, 8, 8), text)
+    # float32 in other orders of summation
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    unet = tiny.with_trained_norms(tiny.unet()).eval()
+    layers.fuse(unet)
+    given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        unet.zero_grad()
+        # not bfloat16, to which the interpreter truncates
+        with torch.autocast("cpu", torch.float16):
+            y = unet(*given, return_dict=False)[0]
+        y.float().square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in unet.parameters()])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -212,6 +260,103 @@ def test_a_hook_of_a_convolution_is_called():
         conv.register_forward_hook(lambda module, *_: called.append(module))
     torch.testing.assert_close(block(*given), expected)
     assert called == [block.conv1, block.conv2, block.conv_shortcut]
+
+
+def test_a_hook_of_a_norm_is_called():
+    block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval()
+    layers.fuse(block)
+    x, text = image(2, 6, 16), image(2, 3, 12)
+    expected, called = block(x, encoder_hidden_states=text), []
+    norms = [block.norm1, block.norm2, block.norm3]
+    for norm in norms:
+        norm.register_forward_hook(lambda module, *_: called.append(module))
+    torch.testing.assert_close(block(x, encoder_hidden_states=text), expected)
+    assert called == norms
+
+
+def test_weights_can_be_offloaded():
+    """As `enable_sequential_cpu_offload` of a pipeline does it: every module's, between calls."""
+    from accelerate import cpu_offload
+
+    unet = tiny.with_trained_norms(tiny.unet()).eval()
+    layers.fuse(unet)
+    given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
+    with torch.no_grad():
+        expected = unet(*given, return_dict=False)[0]
+        cpu_offload(unet, torch.device("cpu"))
+        # the convolutions, which have hooks now, add their own biases: float32 in another order
+        torch.testing.assert_close(unet(*given, return_dict=False)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(4)])
+def test_weights_elsewhere_are_not_read(norm):
+    """A kernel that was launched before takes any address; torch compares devices, and says so."""
+    layers.fuse(norm)
+    with pytest.raises(RuntimeError, match="device"):
+        norm.to("meta")(image(2, 4))
+
+
+def test_a_compiler_sees_torchs_own_layers():
+    """It fuses by itself, and cannot look into these kernels."""
+    unet = tiny.with_trained_norms(tiny.unet()).eval()
+    layers.fuse(unet)
+    given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
+    results = []
+    for model in (unet, torch.compile(unet, backend="eager", fullgraph=True)):
+        unet.zero_grad()
+        y = model(*given, return_dict=False)[0]
+        y.square().mean().backward()
+        results.append([y.detach(), unet.conv_in.weight.grad])
+    # float32 in other orders of summation
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_convolutions_lie_as_their_weights_do():
+    """DDP warns where they do not, and copies."""
+    block = Transformer2DModel(2, 8, 16, cross_attention_dim=12, norm_num_groups=8)
+    layers.fuse(block)
+    block(image(2, 16, 4, 6), image(2, 3, 12), return_dict=False)[0].sum().backward()
+    for conv in (block.proj_in, block.proj_out):
+        assert conv.weight.grad.stride() == conv.weight.stride()
+
+
+def test_one_time_serves_a_batch():
+    block = ResnetBlock2D(in_channels=16, temb_channels=12, groups=8).eval()
+    call = lambda module, x, t: module(x, t)  # noqa: E731
+    assert_as_good(block, call, image(3, 16, 5, 6), image(1, 12), classes=["FusedResnetBlock"])
+
+
+def test_sums_of_different_shapes_are_refused():
+    """The kernels would read beyond the end of the smaller one."""
+    block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval()
+    layers.fuse(block)
+    with pytest.raises(ValueError, match=r"shape \(1, 6, 16\) .* got \(2, 6, 16\)"):
+        block(image(1, 6, 16), encoder_hidden_states=image(2, 3, 12))
+    resnet = ResnetBlock2D(
+        in_channels=16, out_channels=32, temb_channels=12, groups=8, use_in_shortcut=False
+    )
+    layers.fuse(resnet)
+    with pytest.raises(ValueError, match=r"shape \(2, 16, 5, 6\) .* got \(2, 32, 5, 6\)"):
+        resnet(image(2, 16, 5, 6), image(2, 12))
+
+
+def test_the_norm_of_a_sum_of_two_dtypes_has_the_wider_one():
+    norm = nn.LayerNorm(8)
+    layers.fuse(norm)
+    for given in ((image(2, 8).half(), image(2, 8)), (image(2, 8), image(2, 8).half())):
+        total, y = norm.add(*given)
+        assert total.dtype == y.dtype == torch.float32
+        torch.testing.assert_close(y, norm(total), rtol=0, atol=0)
+
+
+def test_a_reference_beside_adapters_of_convolutions_computes_the_same_bits():
+    unet = tiny.with_trained_norms(tiny.unet()).eval()
+    targets = ["to_q", "proj_in", "conv1", "conv2", "conv_shortcut"]
+    pair = policy.lora(unet, torch.float32, rank=2, alpha=2, targets=targets, seed=0)
+    given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
+    for model in pair:
+        layers.fuse(model)
+    assert torch.equal(*(model(*given, return_dict=False)[0] for model in pair))
 
 
 def test_a_reference_in_16_bit_computes_the_same_bits():

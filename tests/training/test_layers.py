@@ -28,7 +28,7 @@ def test_interpreted():
 def test_where_there_are_no_kernels_torch_computes(monkeypatch):
     """A pipeline that was trained goes on being one, on any device, and can be trained again."""
     layers = pytest.importorskip("inpo_fast.training.layers")
-    monkeypatch.setattr(layers, "INTERPRETED", False)
+    monkeypatch.setattr(layers.functions, "INTERPRETED", False)
     unet = tiny.with_trained_norms(tiny.unet()).eval()
     fused = copy.deepcopy(unet)
     count = layers.fuse(fused, channels_last=False)

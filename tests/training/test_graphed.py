@@ -1,0 +1,110 @@
+"""What is captured of a model call and replayed, where no GPU is: a graph that computes again."""
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from inpo_fast.determinism import deterministic_gradients
+from inpo_fast.training import graphed
+from inpo_fast.training.families import FAMILIES, Conditioning
+from inpo_fast.training.trainer import PreferenceTrainer
+from inpo_fast.training.trajectory import Call
+
+from . import tiny
+
+
+class Replayed:
+    """A CUDA graph's behaviour: it computes again, from the same memory into the same memory."""
+
+    def __init__(self, body, output):
+        self.body, self.output = body, output
+
+    def replay(self):
+        self.output.copy_(self.body())
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    def capture(body, warm_up, *, pool, stream):
+        output = body()
+        return Replayed(body, output), output
+
+    monkeypatch.setattr(graphed, "capture", capture)
+    with monkeypatch.context() as absent:
+        absent.setattr(torch.cuda, "Stream", lambda device: None)
+        absent.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        return graphed.Graphs(torch.device("cpu"))
+
+
+def numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_replay_reads_what_it_is_given_and_its_results_stay(graphs):
+    x, y = numbers(2, 3), numbers(2, 3)
+    first = graphs.call("sum", torch.add, x, x)
+    second = graphs.call("sum", torch.add, y * 2, y)
+    assert torch.equal(first, x + x)
+    assert torch.equal(second, y * 2 + y)
+    assert len(graphs) == 1
+    # and a replay writes to nothing of a call before it
+    assert torch.equal(x, numbers(2, 3))
+
+
+def test_every_shape_layout_dtype_name_and_setting_has_its_own(graphs):
+    x = numbers(2, 3, 4, 4)
+    given = [x, x[:1], x.to(memory_format=torch.channels_last), x.double(), x[:1].expand_as(x)]
+    for _ in range(2):
+        for value in given:
+            assert torch.equal(graphs.call("double", lambda x: 2 * x, value), 2 * value)
+    assert len(graphs) == 5
+    assert torch.equal(graphs.call("triple", lambda x: 3 * x, x), 3 * x)
+    assert len(graphs) == 6
+    with deterministic_gradients():
+        graphs.call("triple", lambda x: 3 * x, x)
+    assert len(graphs) == 7
+
+
+def test_a_capture_that_fails_leaves_nothing(graphs):
+    def failing(x):
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        graphs.call("double", failing, numbers(2))
+    assert len(graphs) == 0
+    assert torch.equal(graphs.call("double", lambda x: 2 * x, numbers(2)), 2 * numbers(2))
+
+
+def test_nothing_is_kept_for_a_gradient(graphs):
+    x = numbers(2).requires_grad_()
+    assert not graphs.call("double", lambda x: 2 * x, x).requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_call_reads_nothing_beside_what_its_graph_is_given(family, graphs, tmp_path):
+    """Latents, times, every text embedding and the sizes are those of the call, not the first's."""
+    folder = tiny.save_pipeline(tmp_path / "model", family)
+    xl = family == "StableDiffusionXLPipeline"
+    config = tiny.config(folder, tmp_path / "out", rank=2)
+    run = PreferenceTrainer(config, dataset=tiny.pairs(xl=xl))
+    learner = run.learner
+    batch = next(run.data.loader(run.order, device=torch.device("cpu")))
+    count = 2 * len(batch)
+    flow = not run.model.schedule.discrete
+
+    def call(scale):
+        times = torch.tensor([0.3, 0.9, 0.5, 0.7][:count]) if flow else torch.arange(count) * 90
+        text = {name: scale * torch.cat([value] * 2) for name, value in batch.text.items()}
+        ids = None if batch.time_ids is None else scale * batch.time_ids
+        told = Conditioning(text, ids, config.guidance_scale)
+        return Call(scale * batch.latents, (times * scale).to(times.dtype), None, False), told
+
+    calls = [call(1), call(2)]
+    expected = [learner._infer(run.policy, *given) for given in calls]
+    assert not torch.equal(*expected)
+    learner.graphs = graphs
+    for _ in range(2):
+        for given, output in zip(calls, expected, strict=True):
+            assert torch.equal(learner._infer(run.policy, *given), output)
+    assert len(graphs) == 1
