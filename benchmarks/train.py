@@ -154,16 +154,8 @@ def our_rows(
         if samples == 1:
             yield overhead(label, *ours.against_calls(pairs, samples))
     if device == "cuda" and given.xl:
-        trainer.policy.disable_gradient_checkpointing()
-        fewer = pairs if torch.cuda.mem_get_info()[1] > WHOLE * 2**30 else pairs // 2 - 1
-        for samples in (min(REUSE), max(REUSE)):
-            timed = ours.timed(fewer, samples)
-            label = f"{name}, {layers}, {fewer} pairs, no checkpointing"
-            label += f", samples_per_inversion {samples}"
-            yield rate(label, timed, official=rival)
-            yield utilisation(f"{label}, rate of the whole step", name, ours, timed, peak)
-        trainer.policy.enable_gradient_checkpointing()
-    if layers != "stock layers":
+        yield from unchecked_rows(f"{name}, {layers}", name, ours, pairs, rival, peak)
+    if device == "cuda":
         yield levers.graphs(eager, best[1], forward, ours.forward(pairs))
         free = ours.timed(pairs, 1, nondeterministic=True)
         yield rate(f"{name}, {layers}, {pairs} pairs, nondeterministic", free, official=rival)
@@ -171,6 +163,20 @@ def our_rows(
         yield levers.reuse(best)
         yield levers.buckets(best)
         yield levers.cache(best, given, device)
+
+
+def unchecked_rows(
+    case: str, name: str, ours: Ours, pairs: int, rival: Timed, peak: float
+) -> Iterator[Row]:
+    """Yield the rows without gradient checkpointing, with as many pairs as the memory allows."""
+    ours.trainer.policy.disable_gradient_checkpointing()
+    fewer = pairs if torch.cuda.mem_get_info()[1] > WHOLE * 2**30 else pairs // 2 - 1
+    for samples in (min(REUSE), max(REUSE)):
+        timed = ours.timed(fewer, samples)
+        label = f"{case}, {fewer} pairs, no checkpointing, samples_per_inversion {samples}"
+        yield rate(label, timed, official=rival)
+        yield utilisation(f"{label}, rate of the whole step", name, ours, timed, peak)
+    ours.trainer.policy.enable_gradient_checkpointing()
 
 
 class Ours:

@@ -38,6 +38,7 @@ def main() -> None:
         gradient_accumulation_steps=options.accumulation,
     )
     learner, accelerator = trainer.learner, trainer.accelerator
+    # as often as each other, which is all that counts here
     numbers = [number for number, _ in micro_steps(learner, pairs)]
     numbers = numbers * (options.accumulation // len(numbers) or 1)
     if len(numbers) % options.accumulation:

@@ -172,8 +172,8 @@ class PreferenceConfig:
     )
     fused_layers: bool = _option(
         False,
-        "the UNet's norms, their activations and its gates as Triton kernels: fewer passes over "
-        "memory with nothing to compile; in place of compile",
+        "what lies between the UNet's products (norms, activations, gates, biases, residual sums) "
+        "as Triton kernels: fewer passes over memory with nothing to compile; in place of compile",
     )
     cuda_graphs: bool = _option(
         False,
