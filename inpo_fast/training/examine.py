@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .images import Preprocess, Size, decode
 from .pairs import CorruptImage, DataError, Ties, is_tie, pair_of
 from .sources import IndexedSource, Record, Source
+from .workers import worker_options
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,9 +111,7 @@ def examine(
         sampler=range(start, len(source)),
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=num_workers,
-        # see PairData.loader
-        multiprocessing_context="spawn",
+        **worker_options(num_workers),
     )
     for found in rows:
         if isinstance(found, DataError):

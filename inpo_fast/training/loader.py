@@ -16,6 +16,7 @@ from . import draws
 from .batch import PairBatch
 from .examine import Report
 from .order import BatchOrder, Last, Pick
+from .workers import worker_options
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,9 @@ class PairData(ABC):
         loader = DataLoader(
             self._items(randomness),
             batch_sampler=_Steps(order, start),
-            num_workers=num_workers,
             collate_fn=self._collate,
             pin_memory=device.type == "cuda",
-            # a fork of a process with threads (torch's, pyarrow's) or CUDA can hang
-            multiprocessing_context="spawn" if num_workers else None,
+            **worker_options(num_workers),
         )
         return (self._finish(items, randomness, device) for items in _ahead(loader, device))
 
