@@ -27,6 +27,22 @@ def cuda():
     return "cuda"
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A pipeline folder with a UNet that trains in a moment; for tests of the trainer."""
+    from tests.gpu.trainings import BLOCKS, save_model
+
+    return save_model(tmp_path_factory.mktemp("model"), **BLOCKS)
+
+
+@pytest.fixture
+def unmeasured(cuda, monkeypatch):
+    """Trainings count no FLOPs and measure no peak."""
+    from tests.gpu.trainings import without_measuring
+
+    without_measuring(monkeypatch)
+
+
 @pytest.fixture(params=["native", "triton", "reference"])
 def impl(request, cuda):
     """Every backend that runs on the GPU."""

@@ -14,21 +14,14 @@ from inpo_fast.shipped import load_pipeline, model_path, preferences_path
 from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.trainer import PreferenceTrainer
 from tests.gpu.trainings import (
-    BLOCKS,
     assert_resumed_run_is_whole,
     assert_same_bits,
     assert_steps_do_not_wait,
     poisoned,
-    save_model,
     trainer,
     without_measuring,
 )
 from tests.training import tiny
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), **BLOCKS)
 
 
 @pytest.fixture(autouse=True)

@@ -8,26 +8,15 @@ import torch
 pytest.importorskip("accelerate")
 
 from tests.gpu.trainings import (
-    BLOCKS,
     assert_resumed_run_is_whole,
     assert_steps_do_not_wait,
-    save_model,
     trainer,
-    without_measuring,
 )
 from tests.training import tiny
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 SIDES = ("winner", "loser")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), **BLOCKS)
-
-
-@pytest.fixture(autouse=True)
-def quick(cuda, monkeypatch):
-    without_measuring(monkeypatch)
 
 
 # In one process the graphs of one test serve the others. Calls without gradient have graphs of

@@ -17,25 +17,14 @@ from torch.nn import functional
 from inpo_fast.determinism import deterministic_gradients, reproducible_training
 from inpo_fast.training import layers
 from tests.gpu.trainings import (
-    BLOCKS,
     assert_resumed_run_is_whole,
     assert_steps_do_not_wait,
-    save_model,
     trainer,
-    without_measuring,
 )
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), **BLOCKS)
-
-
-@pytest.fixture(autouse=True)
-def quick(cuda, monkeypatch):
-    without_measuring(monkeypatch)
 
 
 class Activated(nn.GroupNorm):

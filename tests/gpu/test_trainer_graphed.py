@@ -12,25 +12,14 @@ from inpo_fast.determinism import reproducible_training
 from inpo_fast.training.families import Conditioning
 from inpo_fast.training.trajectory import Call
 from tests.gpu.trainings import (
-    BLOCKS,
     assert_resumed_run_is_whole,
     assert_steps_do_not_wait,
-    save_model,
     trainer,
-    without_measuring,
 )
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 GRAPHED = {"cuda_graphs": True, "fused_layers": True}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), **BLOCKS)
-
-
-@pytest.fixture(autouse=True)
-def quick(cuda, monkeypatch):
-    without_measuring(monkeypatch)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
