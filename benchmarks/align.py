@@ -13,10 +13,11 @@ fastest method takes for all its steps; the curves are read there by linear inte
 of training alone, from its first batch on, and counts no measurement. A row holds the numbers of
 every seed, so the file has the whole curves. Beside it lies a picture of them.
 
-With ``--device cuda`` every GPU that is visible has a process, and the trainings go to whichever is
-free. Times stay comparable, as each training has a GPU to itself. Methods come in the order of what
-matters most. An interrupt (``timeout -s INT 240 python -m benchmarks.run align …``) ends the run
-with equal time over the methods that are complete.
+With ``--device cuda`` every GPU that is visible has a process, and on the CPU there are as many as
+it has cores for torch's threads (``OMP_NUM_THREADS=1``: one a core). The trainings go to whichever
+is free, so times stay comparable. Methods come in the order of what matters most. An interrupt
+(``timeout -s INT 240 python -m benchmarks.run align …``) ends the run with equal time over the
+methods that are complete.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ def benches(device: str, settings: Settings, processes: int) -> Iterator[Callabl
     names = visible_gpus() if device == "cuda" else [""]
     for index in range(processes):
         gpus.put(names[index % len(names)])
-    threads = max(1, torch.get_num_threads() // processes)
+    threads = min(torch.get_num_threads(), max(1, cores() // processes))
     with ProcessPoolExecutor(
         processes, context, initializer=_begin, initargs=(device, settings, gpus, threads)
     ) as pool:
@@ -217,6 +218,11 @@ def benches(device: str, settings: Settings, processes: int) -> Iterator[Callabl
             yield lambda method, *given: pool.map(partial(_call, method), *given)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def visible_gpus() -> list[str]:
@@ -249,14 +255,16 @@ def rows(
     """Yield rows of the base, of each method (or those named) at each stop, and at equal time.
 
     Args:
-        processes: trainings at a time; by default as many as there are GPUs.
+        processes: trainings at a time; by default as many as there are GPUs, or as many as have
+            cores for their threads.
     """
     if unknown := set(only) - set(METHODS):
         raise SystemExit(f"benchmarks: --only takes {', '.join(METHODS)}, got {sorted(unknown)}")
     settings = QUICK if quick else Settings()
     chosen = [name for name in METHODS if not only or name in only]
     if processes is None:
-        processes = max(1, torch.cuda.device_count()) if device == "cuda" else 1
+        gpus = torch.cuda.device_count() if device == "cuda" else 0
+        processes = gpus or max(1, cores() // torch.get_num_threads())
     with benches(device, settings, processes) as run:
         seeds = settings.seeds
         base_points = run("base", seeds)
