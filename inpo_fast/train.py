@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from .training.config import ConfigError, PreferenceConfig
+from .training.leaving import leave
 from .training.optimization import TrainingError
 from .training.pairs import DataError
 
@@ -34,4 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
 if __name__ == "__main__":
     _parser = argparse.ArgumentParser(prog="inpo_fast.train", description=__doc__)
     add_arguments(_parser)
-    sys.exit(run(_parser.parse_args()))
+    if _failed := run(_parser.parse_args()):
+        sys.exit(_failed)
+    leave()

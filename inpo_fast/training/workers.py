@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import os
 from typing import Any
+
+from .leaving import leave
 
 
 def worker_options(count: int) -> dict[str, Any]:
@@ -20,10 +21,6 @@ def worker_options(count: int) -> dict[str, Any]:
 
 
 def _leave_at_once(_: int) -> None:
-    """End this process without taking the interpreter down.
-
-    A thread of the process hands over what was read. If it is in torch's C++ when the interpreter
-    goes, Python (before 3.14) unwinds it, which aborts the process, and torch raises an error for
-    that in the training, at whatever it does then.
-    """
-    atexit.register(os._exit, 0)
+    """Leave when this process's work is done; torch raises in the training, at whatever it does
+    then, if a worker aborts."""
+    atexit.register(leave)

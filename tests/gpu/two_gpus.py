@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from inpo_fast.training.leaving import leave
 from tests.training import two_processes
 
 BATCH = 2
@@ -50,3 +51,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import inpo_fast.training.step
 import inpo_fast.training.trainer
+from inpo_fast.training.leaving import leave
 from inpo_fast.training.trainer import PreferenceTrainer
 from tests.training import tiny
 
@@ -99,7 +100,6 @@ def main() -> None:
     run_cases(root, f"ddp-{batch}", batch, CASES)
     shard_on_cpu()
     run_cases(root, f"fsdp-{batch}", batch, {name: CASES[name] for name in ("full", "lora")})
-    # else a thread of gloo may find the interpreter gone, and abort
     torch.distributed.destroy_process_group()
 
 
@@ -125,3 +125,4 @@ def run_cases(root: Path, suffix: str, batch: int, cases) -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
