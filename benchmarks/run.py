@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-BENCHMARKS = ("align", "levers", "loop", "ops", "shipped", "solvers", "train")
+BENCHMARKS = ("align", "attention", "levers", "loop", "ops", "shipped", "solvers", "train")
 
 
 def line(row: common.Row) -> str:
