@@ -223,6 +223,9 @@ def read_safetensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and text fields of a file.
 
+    Every tensor has memory of its own. Those that safetensors hands out lie anywhere in the file's,
+    and products round by where their operands begin: a model would return other bits.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is corrupt.
@@ -233,6 +236,7 @@ def read_safetensors(
         raise FileNotFoundError(f"no file at {os.fspath(path)}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)} is not a readable safetensors file: {error}") from None

@@ -198,14 +198,15 @@ class Adapter(ABC):
         """The denoiser bound to its conditioning, for [B, …], or with `guided` for [2B, …]."""
 
     def pairs(self, guided: bool, **pairs: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
-        """Named (positive, negative) tensors in the model's dtype, on its device.
+        """Named (positive, negative) tensors in the model's dtype, on its device, none of them the
+        caller's own: that may change, and lies as a file's would not.
 
         Raises:
             ValueError: halves of different shapes.
         """
         tensors = {}
         for name, (positive, negative) in pairs.items():
-            tensors[name] = positive.to(self.device, self.dtype)
+            tensors[name] = positive.contiguous().to(self.device, self.dtype, copy=True)
             if not guided or negative is None:
                 continue
             if negative.shape != positive.shape:
@@ -213,7 +214,7 @@ class Adapter(ABC):
                     f"negative_{name} must have the shape of {name}, got {tuple(negative.shape)} "
                     f"and {tuple(positive.shape)}"
                 )
-            tensors[f"negative_{name}"] = negative.to(self.device, self.dtype)
+            tensors[f"negative_{name}"] = negative.contiguous().to(self.device, self.dtype, copy=True)
         return tensors
 
     @staticmethod

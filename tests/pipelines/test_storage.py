@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import inpo_fast.state
 from inpo_fast import SOLVERS, Inversion, invert
+from inpo_fast.state import read_safetensors
 from tests.pipelines import tiny
 
 
@@ -44,6 +45,30 @@ def test_everything_comes_back(inversion, path, pipe):
     assert loaded.reconstruct().bits_equal
     kept = loaded.edit("a bird", output_type="pt").images
     assert torch.equal(kept, inversion.edit("a bird", output_type="pt").images)
+
+
+def test_products_of_what_is_read_are_rounded_as_before(tmp_path):
+    """They depend on where operands begin, and in a file tensors lie anywhere."""
+    pipe = tiny.build("flux")
+    inversion = invert(pipe, tiny.images(2), ["a cat", "a dog"], num_inference_steps=2)
+    inversion.save(tmp_path / "flux")
+    assert Inversion.load(tmp_path / "flux", pipe).reconstruct(output_type="latent").bits_equal
+    tensors, _ = read_safetensors(tmp_path / "flux")
+    assert {tensor.data_ptr() % 64 for tensor in tensors.values()} == {0}
+
+
+def test_embeddings_stay_as_they_were_given(tmp_path):
+    pipe = tiny.build("flux")
+    text, pooled, _ = pipe.encode_prompt(["a cat", "a dog"], None)
+    # begins where no allocator would begin
+    given = torch.empty(pooled.numel() + 1)[1:].view_as(pooled).copy_(pooled)
+    told = {"prompt_embeds": text, "pooled_prompt_embeds": given}
+    inversion = invert(pipe, tiny.images(2), num_inference_steps=2, **told)
+    given.zero_()
+    assert inversion.reconstruct(output_type="latent").bits_equal
+    told["pooled_prompt_embeds"] = pooled
+    same = invert(pipe, tiny.images(2), num_inference_steps=2, **told)
+    assert inversion.state.equal(same.state)
 
 
 def test_an_equal_pipeline_will_do(path):
