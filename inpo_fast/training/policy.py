@@ -50,6 +50,22 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Callable[[
     return copy.deepcopy(model, tensors), partial(torch._foreach_copy_, kept, given)
 
 
+def restore_forward(model: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Take accelerate's autocast from a model, which would end at its wrapper: inversion and
+    reference bypass that.
+
+    accelerate can do it, too, and takes diffusers' own decorators along, that of the scale of a
+    LoRA among them.
+
+    Args:
+        own: the model's `forward` before it was prepared; None where that was its class's.
+    """
+    vars(model).pop("_original_forward", None)
+    vars(model).pop("forward", None)
+    if own is not None:
+        model.forward = own
+
+
 def full(
     model: nn.Module, dtype: torch.dtype, reference: nn.Module | None = None
 ) -> tuple[nn.Module, nn.Module]:

@@ -144,9 +144,10 @@ class PreferenceTrainer:
         optimizer = make_optimizer(
             config, [p for p in trained.parameters() if p.requires_grad], self._learning_rate()
         )
+        own = vars(trained).get("forward")
         networks.wrapped, prepared = accelerator.prepare(trained, optimizer)
-        # accelerate's autocast would end at the wrapper, which inversion and reference bypass
-        networks.policy = accelerator.unwrap_model(networks.wrapped, keep_fp32_wrapper=False)
+        networks.policy = accelerator.unwrap_model(networks.wrapped)
+        policy.restore_forward(networks.policy, own)
         self.policy: Any = networks.policy
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]

@@ -229,6 +229,25 @@ def test_every_objective_trains(model, tmp_path, loss):
     assert (run.learner.networks.reference is None) == (loss in ("mapo", "sft"))
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_trained_lora_can_be_scaled(model, tmp_path, precision):
+    run = trainer(
+        model, tmp_path, rank=2, mixed_precision=precision, max_train_steps=1, learning_rate=0.1
+    )
+    run.train()
+    given = (torch.ones(1, 4, 8, 8), 7, torch.ones(1, 3, tiny.WIDTH))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        whole, none, base = (
+            net(*given, cross_attention_kwargs=scale, return_dict=False)[0]
+            for net, scale in (
+                (run.policy, {"scale": 1.0}),
+                (run.policy, {"scale": 0.0}),
+                (run.learner.networks.reference, None),
+            )
+        )
+    assert torch.equal(none, base) and not torch.equal(whole, base)
+
+
 @pytest.mark.parametrize("loss", ["inpo", "dpo", "ipo", "smpo", "dmpo", "mapo", "kto"])
 def test_every_preference_objective_prefers_the_winners(model, tmp_path, loss):
     run = trainer(
