@@ -214,7 +214,9 @@ class Adapter(ABC):
                     f"negative_{name} must have the shape of {name}, got {tuple(negative.shape)} "
                     f"and {tuple(positive.shape)}"
                 )
-            tensors[f"negative_{name}"] = negative.contiguous().to(self.device, self.dtype, copy=True)
+            tensors[f"negative_{name}"] = negative.contiguous().to(
+                self.device, self.dtype, copy=True
+            )
         return tensors
 
     @staticmethod

@@ -262,7 +262,7 @@ class PreferenceConfig:
     @property
     def settings(self) -> dict[str, Setting]:
         """Settings of the objective by keyword; where none is given those for SD1.5."""
-        return {**OBJECTIVES[self.loss_type].defaults, **self._given()}
+        return self._settings(xl=False)
 
     def for_model(self, pipeline: str) -> PreferenceConfig:
         """The config with all settings of the objective given, so that a checkpoint tells them.
@@ -270,11 +270,16 @@ class PreferenceConfig:
         Args:
             pipeline: class of the model's pipeline.
         """
-        objective = OBJECTIVES[self.loss_type]
-        own = objective.sdxl if pipeline == "StableDiffusionXLPipeline" else {}
-        settings: dict[str, Any] = {**objective.defaults, **own, **self._given()}
+        settings: dict[str, Any] = self._settings(xl=pipeline == "StableDiffusionXLPipeline")
         options = loss_options.write(settings)
         return replace(self, beta_dpo=settings.get("beta"), loss_options=options)
+
+    def _settings(self, *, xl: bool) -> dict[str, Setting]:
+        objective, given = OBJECTIVES[self.loss_type], self._given()
+        if "variant" in given:
+            # its β goes with it: that of the other would turn the loss around
+            xl = given["variant"] == objective.sdxl["variant"]
+        return {**objective.defaults, **(objective.sdxl if xl else {}), **given}
 
     def _given(self) -> dict[str, Setting]:
         beta: dict[str, Setting] = {} if self.beta_dpo is None else {"beta": self.beta_dpo}

@@ -130,6 +130,13 @@ class Encoders:
         self.scaling = Scaling.of(self.vae.config)
         self._pipeline = pipeline
 
+    def to(self, device: torch.device) -> Encoders:
+        """Move the encoders of the pipeline, and nothing else of it."""
+        for name, part in self._pipeline.components.items():
+            if name.startswith(("vae", "text_encoder")):
+                part.to(device)
+        return self
+
     @classmethod
     def load(
         cls,

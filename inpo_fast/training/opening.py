@@ -73,11 +73,16 @@ def open_pairs(
                 f"dataset_split_name must not be given with a cache, which has no splits, got "
                 f"{config.dataset_split_name}"
             )
+        if not config.pretrained_model_name_or_path:
+            raise ConfigError(
+                "pretrained_model_name_or_path must name the model with whose files the cache was "
+                "made, also where a loaded pipeline is given, got none"
+            )
         return CachedPairs(source, training_key(files(), rules))
     if model.loaded is None:
         encoders = Encoders.load(files(), dtype=dtype, device=accelerator.device)
     else:
-        encoders = Encoders(model.loaded)
+        encoders = Encoders(model.loaded).to(accelerator.device)
     opened = open_source(
         source, split=config.dataset_split_name, max_samples=config.max_train_samples
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import PreferenceConfig
 from .files import write_image
@@ -32,7 +32,7 @@ def draw_images(config: PreferenceConfig, model: Model, policy: Any, dtype: torc
     device = next(policy.parameters()).device
     images = []
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with autocast, _decoding_as_it_is(pipeline.vae, device):
+    with _all_on(pipeline, device), autocast, _decoding_as_it_is(pipeline.vae, device):
         for prompt in config.validation_prompts:
             seeds = range(config.seed, config.seed + config.num_validation_images)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -47,6 +47,26 @@ def draw_images(config: PreferenceConfig, model: Model, policy: Any, dtype: torc
             ).images
             images.append(np.rint(np.asarray(drawn, dtype=np.float64) * 255).astype(np.uint8))
     return np.concatenate(images)
+
+
+@contextlib.contextmanager
+def _all_on(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """The parts of a pipeline on a device; those that were elsewhere, in the caller's pipeline, go
+    back there."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    away = [(part, place) for part in parts if (place := _place(part)) not in (None, device)]
+    try:
+        for part, _ in away:
+            part.to(device)
+        yield
+    finally:
+        for part, place in away:
+            part.to(place)
+
+
+def _place(module: nn.Module) -> torch.device | None:
+    first = next(module.parameters(), None)
+    return None if first is None else first.device
 
 
 @contextlib.contextmanager

@@ -125,6 +125,8 @@ def test_settings_of_the_objective_are_those_of_its_script_for_the_model_or_give
     assert found(xl, "dpo", "anchor=0.5") == {"beta": 5000.0, "anchor": 0.5}
     assert found(sd, "dspo") == {"beta": 0.001, "variant": "sd15"}
     assert found(xl, "dspo") == {"beta": 5000.0, "variant": "sdxl"}
+    assert found(xl, "dspo", "variant=sd15") == {"beta": 0.001, "variant": "sd15"}
+    assert found(sd, "dspo", "variant=sdxl") == {"beta": 5000.0, "variant": "sdxl"}
     given = {"beta": 0.002, "variant": "sd15"}
     assert found(xl, "dspo", "variant=sd15", beta=0.002) == given
     assert found(sd, "dmpo", "alpha=5e-2") == {"beta": 2000.0, "alpha": 0.05}

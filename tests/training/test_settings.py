@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from inpo_fast.training.cache import _KEY
 from inpo_fast.training.checkpoint import STATE
+from inpo_fast.training.config import ConfigError
 from inpo_fast.training.models import load_model
 from inpo_fast.training.optimization import Stepper, make_optimizer
 from inpo_fast.training.trainer import PreferenceTrainer
-from inpo_fast.training.validation import draw_images
+from inpo_fast.training.validation import _all_on, draw_images
 
 from . import samples, tiny
 
@@ -221,6 +224,36 @@ def test_validation_draws_with_the_averaged_weights(model, tmp_path, monkeypatch
     (averaged,) = (shadow for (name, _), shadow in named if name == "conv_in.weight")
     assert torch.equal(seen[0], averaged)
     assert not torch.equal(seen[0], run.policy.conv_in.weight)
+
+
+class Moved(torch.nn.Linear):
+    """Notes where it is sent, and stays."""
+
+    def to(self, place):
+        self.places = [*vars(self).get("places", []), place]
+        return self
+
+
+def test_parts_of_a_loaded_pipeline_come_for_the_validation_and_go_back():
+    here, there = Moved(1, 1), Moved(1, 1, device="meta")
+    pipeline = SimpleNamespace(components={"vae": here, "unet": there, "safety_checker": None})
+    with pytest.raises(KeyboardInterrupt), _all_on(pipeline, there.weight.device):
+        assert here.places == [there.weight.device]
+        raise KeyboardInterrupt
+    assert here.places == [there.weight.device, here.weight.device]
+    assert "places" not in vars(there)
+
+
+def test_a_cache_beside_a_loaded_pipeline_needs_the_files_of_its_model(sd, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / _KEY).write_text("{}")
+    config = tiny.config("", tmp_path / "out", dataset_name=str(cache))
+    pipe = StableDiffusionPipeline.from_pretrained(sd, safety_checker=None)
+    with pytest.raises(ConfigError, match="pretrained_model_name_or_path must name the model"):
+        PreferenceTrainer(config, model=pipe)
 
 
 def test_settings_of_validation_images(sd, tmp_path):
