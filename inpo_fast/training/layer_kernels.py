@@ -330,7 +330,8 @@ def _normed(x, mask, width, eps):
     mean = tl.sum(x, axis=1) / width
     deviation = tl.where(mask, x - mean[:, None], 0.0)
     inverse = 1 / tl.sqrt(tl.sum(deviation * deviation, axis=1) / width + eps)
-    return deviation * inverse[:, None], inverse
+    # rows beyond the end have σ = 0 where eps is
+    return tl.where(mask, deviation * inverse[:, None], 0.0), inverse
 
 
 @triton.jit

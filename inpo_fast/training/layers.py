@@ -234,10 +234,15 @@ def _plain_resnet(module: Any) -> bool:
         and not module.skip_time_act
         and isinstance(module.nonlinearity, nn.SiLU)
         and all(
-            type(norm) in (nn.GroupNorm, FusedGroupNorm) and norm.affine
+            type(norm) in (nn.GroupNorm, FusedGroupNorm) and _plain_group_norm(norm)
             for norm in (module.norm1, module.norm2)
         )
     )
+
+
+def _plain_group_norm(module: Any) -> bool:
+    """Whether a group norm has weight and bias."""
+    return module.weight is not None and module.bias is not None
 
 
 def _plain_norm(module: Any) -> bool:
@@ -271,7 +276,7 @@ def _plain_transformer(module: Any) -> bool:
 
 
 _FUSED: dict[type[nn.Module], tuple[type[nn.Module], Any]] = {
-    nn.GroupNorm: (FusedGroupNorm, lambda module: module.affine),
+    nn.GroupNorm: (FusedGroupNorm, _plain_group_norm),
     nn.LayerNorm: (FusedLayerNorm, _plain_norm),
     GEGLU: (FusedGEGLU, lambda module: True),
     Attention: (FusedAttention, _plain_attention),
