@@ -30,18 +30,29 @@ def capture(
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         warm_up()
-        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with _capturing:
+            # what torch has cached for streams serves no capture, nor does it free that during one
+            stream.synchronize()
+            torch.cuda.empty_cache()
             # thread_local: another thread may allocate meanwhile
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 result = body()
             except BaseException:
-                # the capture has failed already, and ending it says so once more
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
+                _give_up(graph, pool, stream.device)
                 raise
             graph.capture_end()
     current.wait_stream(stream)
     return graph, result
+
+
+def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """End a capture that has failed."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        # It says so once more where CUDA has ended it. Torch (before 2.13) then goes on taking it
+        # for under way, and frees no memory again.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, pool)

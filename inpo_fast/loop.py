@@ -276,9 +276,11 @@ class GraphLoop:
         self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(first.device)
+        self._read = torch.cuda.Event()
 
     def begin(self, tracks: Tracks, buffers: Buffers, position: int) -> None:
-        """Copy a state in: the next update is `position`."""
+        """Copy a state in, after what reads the last run's: the next update is `position`."""
+        self._read.wait(torch.cuda.current_stream(self._stream.device))
         for mine, given in zip((*self.tracks, *self.buffers), (*tracks, *buffers), strict=True):
             if mine is not None and given is not None:
                 mine.copy_(given)
@@ -290,6 +292,10 @@ class GraphLoop:
         if kind not in self._graphs:
             self._graphs[kind] = self._capture(kind)
         self._graphs[kind].replay()
+
+    def end(self) -> None:
+        """The tracks have been read: the next run waits for that, whatever stream it is on."""
+        self._read.record(torch.cuda.current_stream(self._stream.device))
 
     def _update(self, kind: Kind, tracks: Tracks, buffers: Buffers) -> None:
         row = self._tables.select(self._counter)

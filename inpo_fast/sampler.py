@@ -271,7 +271,11 @@ class Sampler:
         final = self._state(
             loop.tracks, loop.buffers, self.program.end, self.program.output, len(updates)
         )
-        return final if loop is not self._graphs else final.clone()
+        if isinstance(loop, EagerLoop):
+            return final
+        final = final.clone()
+        loop.end()
+        return final
 
     def _loop(self, state: State, sample: Tensor) -> EagerLoop | GraphLoop:
         """A loop that stands at the state, which it leaves alone."""

@@ -64,13 +64,8 @@ class Graphs:
     def _capture(self, function: Callable[..., Tensor], given: tuple[Tensor, ...]) -> _Graph:
         inputs = tuple(t.clone() for t in given)
 
-        def warm_up() -> None:
-            function(*inputs)
-            # no other stream could use the memory that it took
-            self._stream.synchronize()
-            torch.cuda.empty_cache()
+        def body() -> Tensor:
+            return function(*inputs)
 
-        graph, output = capture(
-            lambda: function(*inputs), warm_up, pool=self._pool, stream=self._stream
-        )
+        graph, output = capture(body, body, pool=self._pool, stream=self._stream)
         return _Graph(graph, inputs, output)

@@ -165,6 +165,38 @@ def test_running_out_of_memory_leaves_everything_usable():
         assert sampler.run(z).equal(Sampler(model, bdia(schedule())).run(z))
 
 
+def test_a_capture_that_failed_holds_no_memory():
+    def waits(sample, timestep):
+        return sample * sample.sum().item()
+
+    with pytest.raises(RuntimeError):
+        Sampler(waits, bdia(schedule()), compile="graph").run(latents())
+    given = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    reserved = torch.cuda.memory_reserved()
+    del given
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved - 2**28
+    z = latents()
+    model = denoiser(torch.float32)
+    graph = Sampler(model, bdia(schedule()), compile="graph").run(z)
+    assert graph.equal(Sampler(model, bdia(schedule())).run(z))
+
+
+def test_a_run_on_another_stream_waits_until_the_last_one_is_read():
+    model, program = denoiser(torch.float32), bdia(schedule())
+    sampler, samples = Sampler(model, program, compile="graph"), [latents(), latents().flip(0)]
+    expected = [sampler.run(z) for z in samples]
+    streams = [torch.cuda.Stream() for _ in samples]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for z, stream in zip(samples, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(sampler.run(z))
+    torch.cuda.synchronize()
+    assert all(end.equal(expected[k % 2]) for k, end in enumerate(found))
+
+
 def test_one_graph_for_each_kind_of_update():
     sampler = Sampler(denoiser(torch.float32), bdia(schedule(20)), compile="graph")
     sampler.run(latents())
