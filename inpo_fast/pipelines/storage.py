@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
@@ -28,15 +29,7 @@ FORMAT = "inpo_fast.inversion/2"
 
 _STATE = "state."
 _TOLD = "conditioning."
-_EXPECTED = (
-    "prompt",
-    "negative_prompt",
-    "guidance_scale",
-    "num_inference_steps",
-    "timesteps",
-    "sigmas",
-    "strength",
-)
+_COMPARED = ("prompt", "negative_prompt", "guidance_scale")
 _REPORT = ("vae_floor", "model_calls", "interrupted", "bits_equal", "latent_error")
 
 
@@ -98,7 +91,8 @@ def load(
         pipe: the pipeline that made it, or an equal one.
         solver: must be the file's; a solver that is not in `inpo_fast.SOLVERS` has to be given.
         expected: any of `prompt`, `negative_prompt`, `guidance_scale`, `num_inference_steps`,
-            `timesteps`, `sigmas` and `strength`, as given to `invert`; must be the file's.
+            `timesteps`, `sigmas` and `strength`, and the parameters of the solver and settings of
+            the pipeline's family that the file has, as given to `invert`; must be the file's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -115,18 +109,29 @@ def load(
             f"{name} is not an inversion of this version of inpo_fast: format must be {FORMAT!r}, "
             f"got {fields.get('format')!r}; invert the image again"
         )
-    if unknown := sorted(set(expected) - set(_EXPECTED)):
-        raise TypeError(f"unknown arguments {unknown}, expected some of {_EXPECTED}")
+    with _reading(name):
+        header = json.loads(fields["inversion"])
+        held = {told: header[told] for told in _COMPARED} | header["grid"]
+        for extra in ("parameters", "settings"):
+            held |= {told: _restored(value) for told, value in header[extra].items()}
+    if unknown := sorted(expected.keys() - held.keys()):
+        raise TypeError(f"{name} has no {unknown} to compare, but {', '.join(held)}")
     adapter = adapter_of(pipe)
     tensors, _ = read_safetensors(path, adapter.device)
-    try:
-        header = json.loads(fields["inversion"])
+    with _reading(name):
         _compare_models(name, header, adapter)
-        _compare_expected(name, header, expected)
+        _compare_expected(name, held, expected)
         plan = _plan(name, header, adapter, solver)
         return _inversion(header, tensors, adapter, plan, name)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{name} has a damaged header: {error!r}") from error
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Errors of a header that is not as `save` writes it are the file's."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has a damaged header: {error!r}") from error
 
 
 def _compare_models(path: str, header: Mapping[str, Any], adapter: Adapter) -> None:
@@ -148,8 +153,7 @@ def _models(header: Mapping[str, Any]) -> dict[str, Fingerprint]:
     return {name: Fingerprint(*fields) for name, fields in header["models"].items()}
 
 
-def _compare_expected(path: str, header: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    held = {**header, **header["grid"]}
+def _compare_expected(path: str, held: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for name, value in expected.items():
         # also of numpy and torch
         mine, theirs = held[name], value.tolist() if hasattr(value, "tolist") else value

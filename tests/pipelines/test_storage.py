@@ -96,14 +96,25 @@ def test_what_is_expected_is_compared(path, pipe):
         {"guidance_scale": (2.0, 4.0)},
         {"num_inference_steps": 5},
         {"strength": 0.5},
+        {"gamma": 0.9},
     ):
         (name, value), *_ = expected.items()
         with pytest.raises(ValueError, match=f"was made with {name} .*, expected"):
             Inversion.load(path, pipe, **{name: value})
     with pytest.raises(ValueError, match="was made with solver 'bdia', got 'ddim'"):
         Inversion.load(path, pipe, solver=lambda_ddim)
-    with pytest.raises(TypeError, match="unknown arguments"):
+    with pytest.raises(TypeError, match=r"has no \['seed'\] to compare, but prompt, .*gamma"):
         Inversion.load(path, pipe, seed=1)
+
+
+def test_settings_of_a_family_are_compared(tmp_path):
+    pipe = tiny.build("flux")
+    told = {"true_cfg_scale": 2.0, "negative_prompt": "bad"}
+    inversion = invert(pipe, tiny.images(), "a cat", num_inference_steps=2, **told)
+    inversion.save(tmp_path / "flux")
+    assert Inversion.load(tmp_path / "flux", pipe, **told).request == inversion.request
+    with pytest.raises(ValueError, match=r"was made with true_cfg_scale 2.0, expected 3.0"):
+        Inversion.load(tmp_path / "flux", pipe, true_cfg_scale=3.0)
 
 
 def lambda_ddim(schedule, *, direction, gamma):
