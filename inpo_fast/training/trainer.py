@@ -17,7 +17,7 @@ from ..determinism import reproducible_training
 from ..environment import versions
 from ..losses import OBJECTIVES
 from . import policy, weights
-from .artefacts import CONFIG, push, write_result
+from .artefacts import CONFIG, push, read_result, write_result
 from .checkpoint import STATE, WRITE_ERRORS, Checkpoints, read_state, rng_state, set_rng_state
 from .config import ConfigError, PreferenceConfig
 from .metrics import measured_peak
@@ -85,7 +85,10 @@ class PreferenceTrainer:
         """Optimiser steps done."""
         self.history: list[dict[str, float]] = []
         """What this process logged, every `logging_steps`, each with its `step`."""
-        state = None if resume is None else self._checked(read_state(resume), resume)
+        state = None if resume is None else read_state(resume)
+        if resume is not None and state is not None:
+            self._check_same(state, "checkpoint", resume)
+        self._check_result(anew=resume is None)
         with memory_advice(config):
             self._build(resume)
             if resume is not None and state is not None:
@@ -301,6 +304,7 @@ class PreferenceTrainer:
                         self.config,
                         self.model,
                         self.step,
+                        self._data_identity(),
                         lambda folder: self._save_weights(folder, state),
                     )
                 except WRITE_ERRORS as error:
@@ -364,24 +368,42 @@ class PreferenceTrainer:
             "processes": self.accelerator.num_processes,
         }
 
-    def _checked(self, state: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """A checkpoint's state, if it is of this run.
+    def _check_same(self, state: dict[str, Any], kind: str, folder: Path) -> None:
+        """Refuse the state of a checkpoint or a result (`kind`) that is not of this run.
 
         Raises:
             ConfigError: naming what differs.
         """
-        lines = self.config.differences(state["config"])
+        whose = f"the {kind}"
+        lines = self.config.differences(state["config"], whose)
         lines += [
-            f"{name}: the checkpoint has {state['data'].get(name)}, this run {value}"
+            f"{name}: {whose} has {state['data'].get(name)}, this run {value}"
             for name, value in self._data_identity().items()
             if state["data"].get(name) != value
         ]
         if lines:
             raise ConfigError(
-                f"the checkpoint {folder} is of another run; restore these or begin a new "
+                f"{whose} {folder} is of another run; restore these or begin a new "
                 f"output_dir:\n  " + "\n  ".join(lines)
             )
-        return state
+
+    def _check_result(self, *, anew: bool) -> None:
+        """Refuse to replace the result of another run, and with a run from its start that of a
+        longer one.
+
+        Raises:
+            ConfigError: naming what differs.
+        """
+        if not (self.folder / CONFIG).exists():
+            return
+        result = read_result(self.folder)
+        state = {"config": result, "data": result.get("data", {})}
+        self._check_same(state, "result", self.folder)
+        if anew and result["steps"] > self.total_steps:
+            raise ConfigError(
+                f"the result {self.folder} has {result['steps']} optimiser steps, and this run "
+                f"{self.total_steps}: choose another output_dir"
+            )
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
         """Go on where a checkpoint was written; its weights are loaded before."""

@@ -12,7 +12,7 @@ import pytest
 import safetensors
 import torch
 
-from inpo_fast.training import checkpoint
+from inpo_fast.training import checkpoint, weights
 from inpo_fast.training.config import ConfigError
 from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.trainer import PreferenceTrainer
@@ -148,6 +148,51 @@ def test_a_result_is_not_overwritten_by_a_new_run(model, tmp_path):
     trainer(model, tmp_path, checkpointing_steps=100).train()
     with pytest.raises(ConfigError, match="holds the result of another training"):
         trainer(model, tmp_path)
+
+
+def test_latest_replaces_the_result_of_the_same_run_only(model, tmp_path):
+    """A run that is shorter than the way to its first checkpoint leaves none to resume from."""
+    short = {"checkpointing_steps": 100, "max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    first = trainer(model, tmp_path, **short)
+    first.train()
+    written = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    before = written.read_bytes()
+    with pytest.raises(ConfigError, match="loss_type: the result has 'inpo', this run 'dpo'"):
+        trainer(model, tmp_path, loss_type="dpo", **short)
+    with pytest.raises(ConfigError, match="pairs: the result has 12, this run 14"):
+        PreferenceTrainer(first.config, dataset=tiny.pairs(14))
+    with pytest.raises(ConfigError, match=r"has 2 optimiser steps, .* 1: choose another"):
+        trainer(model, tmp_path, **{**short, "max_train_steps": 1})
+    assert written.read_bytes() == before
+    # what a job that had ended does when it is launched again
+    trainer(model, tmp_path, **short).train()
+    assert written.read_bytes() == before
+    trainer(model, tmp_path, **{**short, "max_train_steps": 3}).train()
+    assert json.loads((tmp_path / "training_config.json").read_text())["steps"] == 3
+
+
+def test_a_checkpoint_beside_the_result_of_another_run(model, tmp_path):
+    trainer(model, tmp_path / "lora", rank=2).train()
+    trainer(model, tmp_path / "full", checkpointing_steps=100).train()
+    copied = tmp_path / "full" / "checkpoint-2"
+    shutil.copytree(tmp_path / "lora" / "checkpoint-2", copied)
+    with pytest.raises(ConfigError, match="rank: the result has None, this run 2"):
+        trainer(model, tmp_path / "full", rank=2, resume_from_checkpoint="latest")
+
+
+def test_a_broken_result(model, tmp_path):
+    (tmp_path / "training_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"training_config\.json cannot be read"):
+        trainer(model, tmp_path, resume_from_checkpoint="latest")
+
+
+def test_no_lora_is_left_beside_the_result_of_another_kind(model, tmp_path):
+    """Whoever loads the result would take it for that."""
+    names = (weights.LORA, f"{tmp_path.name}_kohya.safetensors")
+    for name in (*names, "other.safetensors"):
+        (tmp_path / name).touch()
+    trainer(model, tmp_path).train()
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["other.safetensors"]
 
 
 def test_a_full_disk_at_the_end_can_be_mended(model, tmp_path, monkeypatch):
