@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from .artefacts import CONFIG
 from .config import ConfigError
 from .optimization import TrainingError
 
@@ -52,29 +53,37 @@ class Checkpoints:
         """The checkpoint to go on from; None begins anew.
 
         Raises:
-            ConfigError: it does not exist; or the folder has checkpoints that a new run would
-                overwrite.
+            ConfigError: it does not exist; or the folder has checkpoints or a result that a run
+                which does not go on from there would overwrite.
         """
         steps = self.steps()
-        if wanted is None:
-            if steps:
-                raise ConfigError(
-                    f"output_dir {self.folder} has checkpoints up to step {steps[-1]}: set "
-                    f"resume_from_checkpoint=latest, or choose another output_dir"
-                )
-            return None
         if wanted == "latest":
             return self.path(steps[-1]) if steps else None
+        path = None if wanted is None else self._find(wanted)
+        if path is not None and path.resolve().parent == self.folder.resolve():
+            return path
+        if steps:
+            raise ConfigError(
+                f"output_dir {self.folder} has checkpoints up to step {steps[-1]}: set "
+                f"resume_from_checkpoint=latest, or choose another output_dir"
+            )
+        if (self.folder / CONFIG).exists():
+            raise ConfigError(
+                f"output_dir {self.folder} holds the result of another training: choose another"
+            )
+        return path
+
+    def _find(self, wanted: str) -> Path:
         for path in (Path(wanted), self.folder / wanted):
             if (path / STATE).is_file():
                 return path
         raise ConfigError(
             f"resume_from_checkpoint must be latest or a folder with {STATE}, got {wanted}; "
-            f"{self.folder} has the steps {steps}"
+            f"{self.folder} has the steps {self.steps()}"
         )
 
     def save(self, step: int, write: Callable[[Path], object]) -> None:
-        """Write the checkpoint of `step`; all processes must call it.
+        """Write the checkpoint of `step`, or replace it; all processes must call it.
 
         Args:
             write: puts this process's part into a folder; no collectives in there.
@@ -83,10 +92,8 @@ class Checkpoints:
             TrainingError: on all processes, where one of them could not write.
         """
         final = self.path(step)
-        if final.is_dir():
-            # a resumed run comes by again, with the same bits
-            return
         part = self.folder / f".{final.name}.tmp"
+        replaced = self.folder / f".{final.name}.replaced.tmp"
 
         def prepare() -> None:
             # also those of runs that were killed while they wrote
@@ -96,8 +103,13 @@ class Checkpoints:
 
         def finish() -> None:
             _sync(part)
+            if final.is_dir():
+                # a run that was resumed before it comes by again; the next `prepare` removes this
+                # where a kill does not let this process do so
+                os.replace(final, replaced)
             os.replace(part, final)
             _sync_folder(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
             for old in self.steps()[: -self.limit] if self.limit else []:
                 shutil.rmtree(self.path(old))
 

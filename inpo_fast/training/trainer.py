@@ -66,10 +66,6 @@ class PreferenceTrainer:
         check_schedule(config, config.max_train_steps)
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit, accelerator)
         resume = self.checkpoints.resolve(config.resume_from_checkpoint)
-        if config.resume_from_checkpoint is None and (self.folder / CONFIG).exists():
-            raise ConfigError(
-                f"output_dir {self.folder} holds the result of another training: choose another"
-            )
         self.model = load_model(config, model, self.dtype)
         self.config = config = config.for_model(self.model.pipeline)
         with memory_advice(config):

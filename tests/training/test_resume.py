@@ -180,6 +180,44 @@ def test_a_checkpoint_beside_the_result_of_another_run(model, tmp_path):
         trainer(model, tmp_path / "full", rank=2, resume_from_checkpoint="latest")
 
 
+@pytest.mark.parametrize(
+    ("leave", "said"),
+    [
+        ("save_checkpoint", "has checkpoints up to step 0: .* choose another output_dir"),
+        ("save", "holds the result of another training: choose another"),
+    ],
+)
+def test_a_checkpoint_from_elsewhere_needs_a_folder_of_its_own(model, tmp_path, leave, said):
+    trainer(model, tmp_path / "one").train()
+    getattr(trainer(model, tmp_path / "two"), leave)()
+    other = {"resume_from_checkpoint": str(tmp_path / "one" / "checkpoint-2")}
+    with pytest.raises(ConfigError, match=said):
+        trainer(model, tmp_path / "two", **other)
+    # the same folder by another way is no other
+    there = tmp_path / "one" / ".." / "one" / "checkpoint-2"
+    assert trainer(model, tmp_path / "one", resume_from_checkpoint=str(there)).step == 2
+    assert trainer(model, tmp_path / "three", **other).step == 2
+
+
+def test_a_checkpoint_is_replaced_by_the_run_that_comes_by_again(model, tmp_path, monkeypatch):
+    trainer(model, tmp_path, max_train_steps=2).train()
+    part = tmp_path / "checkpoint-2"
+    whole = {path.name for path in part.iterdir()}
+    (part / "of-another-time").touch()
+    run = trainer(model, tmp_path, resume_from_checkpoint="latest")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="step 2 is untouched"):
+        patch.setattr(run, "_save_weights", full)
+        run.save_checkpoint()
+    assert (part / "of-another-time").is_file()
+    run.save_checkpoint()
+    assert {path.name for path in part.iterdir()} == whole
+    assert not any(tmp_path.glob(".checkpoint*"))
+
+
 def test_a_broken_result(model, tmp_path):
     (tmp_path / "training_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"training_config\.json cannot be read"):
