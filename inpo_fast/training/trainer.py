@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ class PreferenceTrainer:
     """
 
     def __init__(self, config: PreferenceConfig, model: Any = None, dataset: Any = None) -> None:
-        self.config = config
         self.accelerator = accelerator = make_accelerator(config)
+        # that of `accelerate config` where none is given
+        self.config = config = replace(config, mixed_precision=accelerator.mixed_precision)
         self.dtype = _DTYPES[accelerator.mixed_precision]
         if config.cuda_graphs and accelerator.device.type != "cuda":
             raise ConfigError(f"cuda_graphs needs a GPU, got the device {accelerator.device}")

@@ -132,6 +132,22 @@ def test_a_checkpoint_of_another_configuration(model, tmp_path):
         PreferenceTrainer(other.config, dataset=tiny.pairs(14))
 
 
+def test_a_checkpoint_of_another_precision(model, tmp_path, monkeypatch):
+    """Also where the flags do not say which, but what accelerate was told."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer(model, tmp_path).train()
+    for name in ("training_config.json", "checkpoint-2/trainer_state.json"):
+        written = json.loads((tmp_path / name).read_text())
+        assert written.get("config", written)["mixed_precision"] == "bf16"
+    assert trainer(model, tmp_path, resume_from_checkpoint="latest").step == 4
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ConfigError, match="mixed_precision: the checkpoint has 'bf16', this run"):
+        trainer(model, tmp_path, resume_from_checkpoint="latest")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ConfigError, match=r"mixed_precision .*fp8"):
+        trainer(model, tmp_path / "other")
+
+
 def test_checkpoints_are_not_overwritten_by_a_new_run(model, tmp_path):
     trainer(model, tmp_path).train()
     with pytest.raises(ConfigError, match=r"has checkpoints up to step 4: set resume_from"):
