@@ -145,19 +145,21 @@ def _nothing() -> None:
     pass
 
 
-def rng_state() -> dict[str, Any]:
-    """State of the global generators of this process."""
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of the global generators that this process draws from: on the host and, where that is
+    a GPU, on its device. Of other GPUs it has nothing, as they may not be there to resume on."""
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "python": random.getstate(),
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set what `rng_state` returned; a GPU takes the state of any, and the CPU none."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"], device)
     random.setstate(state["python"])
 
 

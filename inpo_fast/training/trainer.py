@@ -331,8 +331,10 @@ class PreferenceTrainer:
         }
 
         def write(folder: Path) -> None:
-            torch.save(rng_state(), folder / f"random_states_{self.accelerator.process_index}.pkl")
-            if not self.accelerator.is_main_process:
+            accelerator = self.accelerator
+            states = rng_state(accelerator.device)
+            torch.save(states, folder / f"random_states_{accelerator.process_index}.pkl")
+            if not accelerator.is_main_process:
                 return
             self._save_weights(folder, state)
             torch.save(optimizer, folder / "optimizer.bin")
@@ -420,4 +422,5 @@ class PreferenceTrainer:
             self.ema.to(self.accelerator.device)
         self.stepper.load(state["stepper"])
         self.step = int(state["step"])
-        set_rng_state(read(f"random_states_{self.accelerator.process_index}.pkl"))
+        states = read(f"random_states_{self.accelerator.process_index}.pkl")
+        set_rng_state(states, self.accelerator.device)

@@ -148,6 +148,22 @@ def test_a_checkpoint_of_another_precision(model, tmp_path, monkeypatch):
         trainer(model, tmp_path / "other")
 
 
+def test_the_state_of_generators_is_that_of_the_own_device(monkeypatch):
+    """The machine that resumes may have fewer GPUs."""
+    there, here = torch.device("cuda", 3), torch.device("cuda", 0)
+    restored = {}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index]))
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: restored.update({device: state})
+    )
+    state = checkpoint.rng_state(there)
+    drawn = torch.rand(2)
+    checkpoint.set_rng_state(state, here)
+    assert restored == {here: torch.tensor([3])}
+    assert torch.equal(torch.rand(2), drawn)
+    assert checkpoint.rng_state(torch.device("cpu"))["device"] is None
+
+
 def test_checkpoints_are_not_overwritten_by_a_new_run(model, tmp_path):
     trainer(model, tmp_path).train()
     with pytest.raises(ConfigError, match=r"has checkpoints up to step 4: set resume_from"):
