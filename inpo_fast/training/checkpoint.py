@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from .artefacts import CONFIG
 from .config import ConfigError
 from .optimization import TrainingError
+from .processes import on_main, together
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What a full disk looks like to Python, torch and safetensors."""
 
 
 class Checkpoints:
@@ -113,36 +111,23 @@ class Checkpoints:
             for old in self.steps()[: -self.limit] if self.limit else []:
                 shutil.rmtree(self.path(old))
 
-        main = self.accelerator.is_main_process
-        try:
-            self._together(prepare if main else _nothing, step)
-            self._together(lambda: write(part), step)
-            self._together(finish if main else _nothing, step)
-        except TrainingError:
-            if main:
-                shutil.rmtree(part, ignore_errors=True)
-            raise
-
-    def _together(self, action: Callable[[], object], step: int) -> None:
-        """Run an action on every process, and fail on all of them if it fails on one."""
-        error: Exception | None = None
-        try:
-            action()
-        except WRITE_ERRORS as caught:
-            error = caught
-        failed = torch.tensor(float(error is not None), device=self.accelerator.device)
-        if self.accelerator.reduce(failed, reduction="sum").item():
+        def failed(error: object) -> str:
             steps = self.steps()
             kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none before it"
-            raise TrainingError(
-                f"the checkpoint of step {step} cannot be written to {self.folder} "
-                f"({error or 'see the other process'}); {kept}: free disk space and resume with "
-                f"resume_from_checkpoint=latest"
-            ) from error
+            return (
+                f"the checkpoint of step {step} cannot be written to {self.folder} ({error}); "
+                f"{kept}: free disk space and resume with resume_from_checkpoint=latest"
+            )
 
-
-def _nothing() -> None:
-    pass
+        accelerator = self.accelerator
+        try:
+            together(accelerator, on_main(accelerator, prepare), failed)
+            together(accelerator, lambda: write(part), failed)
+            together(accelerator, on_main(accelerator, finish), failed)
+        except TrainingError:
+            if accelerator.is_main_process:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from ..environment import versions
 from ..losses import OBJECTIVES
 from . import policy, weights
 from .artefacts import CONFIG, push, read_result, write_result
-from .checkpoint import STATE, WRITE_ERRORS, Checkpoints, read_state, rng_state, set_rng_state
+from .checkpoint import STATE, Checkpoints, read_state, rng_state, set_rng_state
 from .config import ConfigError, PreferenceConfig
 from .metrics import measured_peak
 from .models import load_model
 from .opening import open_pairs
-from .optimization import Stepper, TrainingError, check_schedule, make_optimizer, make_schedule
+from .optimization import Stepper, check_schedule, make_optimizer, make_schedule
 from .order import BatchOrder
-from .processes import make_accelerator, memory_advice
+from .processes import make_accelerator, memory_advice, on_main, together
 from .step import Learner, Networks
 from .validation import draw_images, keep_images
 
@@ -269,13 +269,14 @@ class PreferenceTrainer:
     def _validate(self) -> None:
         with self._averaged():
             images = draw_images(self.config, self.model, self.policy, self.dtype)
-        try:
-            keep_images(self.accelerator, self.config, images, self.step)
-        except OSError as error:
-            raise TrainingError(
+        together(
+            self.accelerator,
+            lambda: keep_images(self.accelerator, self.config, images, self.step),
+            lambda error: (
                 f"validation images cannot be written to {self.folder} ({error}): free disk space "
                 f"and resume with resume_from_checkpoint=latest"
-            ) from error
+            ),
+        )
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -292,27 +293,41 @@ class PreferenceTrainer:
 
     def save(self) -> None:
         """Write the weights (or their average), the config and the model card; all processes must
-        call it."""
+        call it.
+
+        Raises:
+            TrainingError: they cannot be written, or uploaded; on all processes.
+        """
+        accelerator = self.accelerator
         with self._averaged():
             state = weights.full_state(self.policy)
-            if self.accelerator.is_main_process:
-                try:
-                    write_result(
-                        self.folder,
-                        self.config,
-                        self.model,
-                        self.step,
-                        self._data_identity(),
-                        lambda folder: self._save_weights(folder, state),
-                    )
-                except WRITE_ERRORS as error:
-                    raise TrainingError(
-                        f"the result cannot be written to {self.folder} ({error}): free disk space "
-                        f"and call save() again, or run with resume_from_checkpoint=latest"
-                    ) from error
-                if self.config.push_to_hub:
-                    push(self.folder, self.config)
-        self.accelerator.wait_for_everyone()
+            together(
+                accelerator,
+                on_main(accelerator, lambda: self._write_result(state)),
+                lambda error: (
+                    f"the result cannot be written to {self.folder} ({error}): free disk space and "
+                    f"call save() again, or run with resume_from_checkpoint=latest"
+                ),
+            )
+        if self.config.push_to_hub:
+            together(
+                accelerator,
+                on_main(accelerator, lambda: push(self.folder, self.config)),
+                lambda error: (
+                    f"the result is in {self.folder} and cannot be uploaded ({error}): call save() "
+                    f"again, or upload the folder by hand"
+                ),
+            )
+
+    def _write_result(self, state: dict[str, Tensor]) -> None:
+        write_result(
+            self.folder,
+            self.config,
+            self.model,
+            self.step,
+            self._data_identity(),
+            lambda folder: self._save_weights(folder, state),
+        )
 
     def save_checkpoint(self) -> None:
         """Write `checkpoint-<step>`; all processes must call it.

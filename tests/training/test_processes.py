@@ -1,5 +1,6 @@
 """Two processes that share the pairs are one process with all of them: DDP and FSDP2, over gloo."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -62,6 +63,17 @@ def test_processes_resume_with_the_same_bits(folder, kind):
         assert all(torch.equal(again[key], value) for key, value in whole.items())
     ranks = sorted(path.name for path in (folder / f"lora-{kind}-2/checkpoint-2").glob("random*"))
     assert ranks == ["random_states_0.pkl", "random_states_1.pkl"]
+
+
+def test_no_process_waits_for_one_that_could_not_write(folder):
+    for rank, why in enumerate(["No space left on device", "see the other process"]):
+        heard = json.loads((folder / f"unwritten-{rank}.json").read_text())
+        for said, what in zip(
+            heard,
+            ["the result cannot be written", "validation images cannot be", "cannot be uploaded"],
+            strict=True,
+        ):
+            assert what in said and f"({why})" in said
 
 
 def test_fsdp_rounds_no_more_than_autocast(tmp_path, monkeypatch):
