@@ -361,7 +361,7 @@ _RULES: list[_Rule] = [
     ),
     *_at_least(
         0,
-        *("dataloader_num_workers", "lr_warmup_steps", "seed", "beta_dpo", "adam_weight_decay"),
+        *("dataloader_num_workers", "lr_warmup_steps", "beta_dpo", "adam_weight_decay"),
         *("validation_guidance_scale", "guidance_scale", "first_timestep"),
     ),
     *(
@@ -377,6 +377,8 @@ _RULES: list[_Rule] = [
         for name in ("adam_beta1", "adam_beta2", "ema_decay")
     ),
     ("max_grad_norm", lambda v: v > 0, "positive"),
+    # as NumPy takes it
+    ("seed", lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
     ("lora_target_modules", bool, "at least one name"),
     ("output_dir", bool, "a folder"),
 ]

@@ -66,7 +66,7 @@ def make_accelerator(config: PreferenceConfig) -> Any:
             "bf16 on the CPU"
         )
     # what draws from torch's own generators: nothing here, but perhaps a model
-    set_seed(config.seed, device_specific=True)
+    set_seed((config.seed + accelerator.process_index) % 2**32)
     if config.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

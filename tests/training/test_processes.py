@@ -84,11 +84,21 @@ def test_fsdp_rounds_no_more_than_autocast(tmp_path, monkeypatch):
         distributed_type=DistributedType.FSDP,
         state=SimpleNamespace(fsdp_plugin=plugin),
         mixed_precision="bf16",
+        process_index=0,
     )
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: sharding)
-    monkeypatch.setattr("accelerate.utils.set_seed", lambda *_, **__: None)
     made = make_accelerator(tiny.config(tmp_path, tmp_path, mixed_precision="bf16"))
     assert made.state.fsdp_plugin.mixed_precision_policy is None
+
+
+def test_the_greatest_seed_has_a_successor(tmp_path, monkeypatch):
+    """Which the second process takes."""
+    second = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_CPU, mixed_precision="no", process_index=1
+    )
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: second)
+    make_accelerator(tiny.config(tmp_path, tmp_path, seed=2**32 - 1))
+    assert torch.initial_seed() == 0
 
 
 def test_one_process_refuses_the_checkpoint_of_two(folder):
