@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from .config import PreferenceConfig
+from .config import ConfigError, PreferenceConfig
 from .models import Model
 from .weights import LORA, save_kohya
 
@@ -22,24 +22,34 @@ def write_result(
     config: PreferenceConfig,
     model: Model,
     steps: int,
+    data: Mapping[str, int],
     save_weights: Callable[[Path], object],
 ) -> None:
-    """Write everything beside its place and move it there; other files of the folder stay.
+    """Write everything beside its place and move it there; other files of the folder stay, but no
+    LoRA that is not of this result.
 
     Args:
         steps: optimiser steps done.
+        data: what identifies the pairs and their order, see `PreferenceTrainer`.
         save_weights: writes the LoRA file or the denoiser's folder into a folder.
     """
     part = folder / ".result.tmp"
+    kohya = f"{folder.resolve().name}_kohya.safetensors"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         save_weights(part)
         if config.output_kohya_format:
-            save_kohya(part / f"{folder.resolve().name}_kohya.safetensors", part / LORA)
-        written = {**config.to_dict(), "steps": steps, "inpo_fast": __version__}
+            save_kohya(part / kohya, part / LORA)
+        written = {**config.to_dict(), "data": data, "steps": steps, "inpo_fast": __version__}
         (part / CONFIG).write_text(json.dumps(written, indent=1) + "\n")
         model_card(config, model, steps, folder).save(part / "README.md")
+        # the config first: what follows a kill is known by it as a result
+        os.replace(part / CONFIG, folder / CONFIG)
+        # a denoiser's folder may stay, which could be that of a pipeline
+        for name in (LORA, kohya):
+            if not (part / name).exists():
+                (folder / name).unlink(missing_ok=True)
         for entry in part.iterdir():
             place = folder / entry.name
             if place.is_dir():
@@ -47,6 +57,19 @@ def write_result(
             os.replace(entry, place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """`training_config.json` of a result.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        written: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / CONFIG} cannot be read: {error}") from error
+    return written
 
 
 def model_card(config: PreferenceConfig, model: Model, steps: int, folder: Path) -> Any:

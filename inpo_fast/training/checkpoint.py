@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from .artefacts import CONFIG
 from .config import ConfigError
 from .optimization import TrainingError
+from .processes import on_main, together
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What a full disk looks like to Python, torch and safetensors."""
 
 
 class Checkpoints:
@@ -52,29 +51,37 @@ class Checkpoints:
         """The checkpoint to go on from; None begins anew.
 
         Raises:
-            ConfigError: it does not exist; or the folder has checkpoints that a new run would
-                overwrite.
+            ConfigError: it does not exist; or the folder has checkpoints or a result that a run
+                which does not go on from there would overwrite.
         """
         steps = self.steps()
-        if wanted is None:
-            if steps:
-                raise ConfigError(
-                    f"output_dir {self.folder} has checkpoints up to step {steps[-1]}: set "
-                    f"resume_from_checkpoint=latest, or choose another output_dir"
-                )
-            return None
         if wanted == "latest":
             return self.path(steps[-1]) if steps else None
+        path = None if wanted is None else self._find(wanted)
+        if path is not None and path.resolve().parent == self.folder.resolve():
+            return path
+        if steps:
+            raise ConfigError(
+                f"output_dir {self.folder} has checkpoints up to step {steps[-1]}: set "
+                f"resume_from_checkpoint=latest, or choose another output_dir"
+            )
+        if (self.folder / CONFIG).exists():
+            raise ConfigError(
+                f"output_dir {self.folder} holds the result of another training: choose another"
+            )
+        return path
+
+    def _find(self, wanted: str) -> Path:
         for path in (Path(wanted), self.folder / wanted):
             if (path / STATE).is_file():
                 return path
         raise ConfigError(
             f"resume_from_checkpoint must be latest or a folder with {STATE}, got {wanted}; "
-            f"{self.folder} has the steps {steps}"
+            f"{self.folder} has the steps {self.steps()}"
         )
 
     def save(self, step: int, write: Callable[[Path], object]) -> None:
-        """Write the checkpoint of `step`; all processes must call it.
+        """Write the checkpoint of `step`, or replace it; all processes must call it.
 
         Args:
             write: puts this process's part into a folder; no collectives in there.
@@ -83,10 +90,8 @@ class Checkpoints:
             TrainingError: on all processes, where one of them could not write.
         """
         final = self.path(step)
-        if final.is_dir():
-            # a resumed run comes by again, with the same bits
-            return
         part = self.folder / f".{final.name}.tmp"
+        replaced = self.folder / f".{final.name}.replaced.tmp"
 
         def prepare() -> None:
             # also those of runs that were killed while they wrote
@@ -96,56 +101,50 @@ class Checkpoints:
 
         def finish() -> None:
             _sync(part)
+            if final.is_dir():
+                # a run that was resumed before it comes by again; the next `prepare` removes this
+                # where a kill does not let this process do so
+                os.replace(final, replaced)
             os.replace(part, final)
             _sync_folder(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
             for old in self.steps()[: -self.limit] if self.limit else []:
                 shutil.rmtree(self.path(old))
 
-        main = self.accelerator.is_main_process
+        def failed(error: object) -> str:
+            steps = self.steps()
+            kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none before it"
+            return (
+                f"the checkpoint of step {step} cannot be written to {self.folder} ({error}); "
+                f"{kept}: free disk space and resume with resume_from_checkpoint=latest"
+            )
+
+        accelerator = self.accelerator
         try:
-            self._together(prepare if main else _nothing, step)
-            self._together(lambda: write(part), step)
-            self._together(finish if main else _nothing, step)
+            together(accelerator, on_main(accelerator, prepare), failed)
+            together(accelerator, lambda: write(part), failed)
+            together(accelerator, on_main(accelerator, finish), failed)
         except TrainingError:
-            if main:
+            if accelerator.is_main_process:
                 shutil.rmtree(part, ignore_errors=True)
             raise
 
-    def _together(self, action: Callable[[], object], step: int) -> None:
-        """Run an action on every process, and fail on all of them if it fails on one."""
-        error: Exception | None = None
-        try:
-            action()
-        except WRITE_ERRORS as caught:
-            error = caught
-        failed = torch.tensor(float(error is not None), device=self.accelerator.device)
-        if self.accelerator.reduce(failed, reduction="sum").item():
-            steps = self.steps()
-            kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "none before it"
-            raise TrainingError(
-                f"the checkpoint of step {step} cannot be written to {self.folder} "
-                f"({error or 'see the other process'}); {kept}: free disk space and resume with "
-                f"resume_from_checkpoint=latest"
-            ) from error
 
-
-def _nothing() -> None:
-    pass
-
-
-def rng_state() -> dict[str, Any]:
-    """State of the global generators of this process."""
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of the global generators that this process draws from: on the host and, where that is
+    a GPU, on its device. Of other GPUs it has nothing, as they may not be there to resume on."""
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "python": random.getstate(),
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set what `rng_state` returned; a GPU takes the state of any, and the CPU none."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"], device)
     random.setstate(state["python"])
 
 

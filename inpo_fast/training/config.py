@@ -187,7 +187,11 @@ class PreferenceConfig:
         None, "keep so many checkpoints, the newest", free=True
     )
     resume_from_checkpoint: str | None = _option(
-        None, "latest (a new run where there is none), or the folder of a checkpoint", free=True
+        None,
+        "latest, or the folder of a checkpoint; where there is no latest, a new run, which may "
+        "replace the result of the same run (with the same bits, unless nondeterministic) and of "
+        "no other",
+        free=True,
     )
     logging_steps: int = _option(
         10, "optimiser steps between looks at the metrics, each of which waits once", free=True
@@ -309,8 +313,9 @@ class PreferenceConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Fields that decide the weights and differ from a checkpoint's, a line each."""
+    def differences(self, other: Mapping[str, Any], whose: str = "the checkpoint") -> list[str]:
+        """Fields that decide the weights and differ from a checkpoint's or a result's, a line
+        each."""
         lines = []
         # a run can be made longer where its learning rate does not look at the end
         longer = _LENGTH if self.lr_scheduler in _ENDLESS else ()
@@ -318,7 +323,7 @@ class PreferenceConfig:
             mine, theirs = getattr(self, spec.name), other.get(spec.name)
             theirs = tuple(theirs) if isinstance(theirs, list) else theirs
             if not (spec.metadata["free"] or spec.name in longer) and mine != theirs:
-                lines.append(f"{spec.name}: the checkpoint has {theirs!r}, this run {mine!r}")
+                lines.append(f"{spec.name}: {whose} has {theirs!r}, this run {mine!r}")
         return lines
 
     @classmethod
@@ -361,7 +366,7 @@ _RULES: list[_Rule] = [
     ),
     *_at_least(
         0,
-        *("dataloader_num_workers", "lr_warmup_steps", "seed", "beta_dpo", "adam_weight_decay"),
+        *("dataloader_num_workers", "lr_warmup_steps", "beta_dpo", "adam_weight_decay"),
         *("validation_guidance_scale", "guidance_scale", "first_timestep"),
     ),
     *(
@@ -377,6 +382,8 @@ _RULES: list[_Rule] = [
         for name in ("adam_beta1", "adam_beta2", "ema_decay")
     ),
     ("max_grad_norm", lambda v: v > 0, "positive"),
+    # as NumPy takes it
+    ("seed", lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
     ("lora_target_modules", bool, "at least one name"),
     ("output_dir", bool, "a folder"),
 ]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .cache import is_cache
 from .config import ConfigError, PreferenceConfig
 from .optimization import TrainingError
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full disk looks like to Python, torch and safetensors."""
 
 
 def make_accelerator(config: PreferenceConfig) -> Any:
@@ -62,7 +66,7 @@ def make_accelerator(config: PreferenceConfig) -> Any:
             "bf16 on the CPU"
         )
     # what draws from torch's own generators: nothing here, but perhaps a model
-    set_seed(config.seed, device_specific=True)
+    set_seed((config.seed + accelerator.process_index) % 2**32)
     if config.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -92,3 +96,36 @@ def memory_advice(config: PreferenceConfig) -> Iterator[None]:
             advice.append("train from a cache (inpo-fast cache), which needs no encoders")
         advice.append("lower resolution")
         raise TrainingError("too little memory: " + "; or ".join(advice) + f" ({error})") from error
+
+
+def together(
+    accelerator: Any, action: Callable[[], object], message: Callable[[object], str]
+) -> None:
+    """Run an action that writes on every process, and fail on all of them where it fails on one,
+    for which the others would wait at their next exchange.
+
+    Args:
+        accelerator: of the run.
+        action: has no exchange with other processes.
+        message: of the error, given what went wrong or where to see it.
+
+    Raises:
+        TrainingError: on all processes. One that failed in another way than `WRITE_ERRORS` raises
+            what it has caught.
+    """
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    failed = torch.tensor(float(error is not None), device=accelerator.device)
+    if not accelerator.reduce(failed, reduction="sum").item():
+        return
+    if error is not None and not isinstance(error, WRITE_ERRORS):
+        raise error
+    raise TrainingError(message(error or "see the other process")) from error
+
+
+def on_main(accelerator: Any, action: Callable[[], object]) -> Callable[[], object]:
+    """The action where this is the main process, and nothing on the others."""
+    return action if accelerator.is_main_process else lambda: None

@@ -80,6 +80,17 @@ class Learner:
         self._flops: tuple[int, int] | None = None
         self.graphs = Graphs(accelerator.device) if config.cuda_graphs else None
         self._rounded: tuple[nn.Module, Callable[[], None]] | None = None
+        # SFT looks at winners only; KTO at both, but not as pairs
+        pairs = self.objective.needs_pairs or "desirable" in self.objective.inputs
+        self._rows = 2 if pairs else 1
+        try:
+            # what the schedule cannot serve is known by the beginning of any path
+            self._path(torch.zeros(self._rows, 1), 0, self._rows)
+        except ValueError as error:
+            raise ConfigError(
+                f"latents={config.source} and mixed_precision={config.mixed_precision} do not go "
+                f"with the model's noise levels: {error}"
+            ) from error
 
     def learn(self, batch: PairBatch, micro: int, *, last: bool) -> None:
         """Add the gradient of micro-batch number `micro` of the run.
@@ -87,9 +98,7 @@ class Learner:
         Args:
             last: whether it is the last of its optimiser step, when processes exchange gradients.
         """
-        config = self.config
-        # SFT looks at winners only; KTO at both, but not as pairs
-        rows = 2 if self.objective.needs_pairs or "desirable" in self.objective.inputs else 1
+        config, rows = self.config, self._rows
         clean = batch.latents[: rows * len(batch)]
         told = Conditioning(
             {name: torch.cat([value] * rows) for name, value in batch.text.items()},

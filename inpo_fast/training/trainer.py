@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from ..determinism import reproducible_training
 from ..environment import versions
 from ..losses import OBJECTIVES
 from . import policy, weights
-from .artefacts import CONFIG, push, write_result
-from .checkpoint import STATE, WRITE_ERRORS, Checkpoints, read_state, rng_state, set_rng_state
+from .artefacts import CONFIG, push, read_result, write_result
+from .checkpoint import STATE, Checkpoints, read_state, rng_state, set_rng_state
 from .config import ConfigError, PreferenceConfig
 from .metrics import measured_peak
 from .models import load_model
 from .opening import open_pairs
-from .optimization import Stepper, TrainingError, check_schedule, make_optimizer, make_schedule
+from .optimization import Stepper, check_schedule, make_optimizer, make_schedule
 from .order import BatchOrder
-from .processes import make_accelerator, memory_advice
+from .processes import make_accelerator, memory_advice, on_main, together
 from .step import Learner, Networks
 from .validation import draw_images, keep_images
 
@@ -55,8 +56,9 @@ class PreferenceTrainer:
     """
 
     def __init__(self, config: PreferenceConfig, model: Any = None, dataset: Any = None) -> None:
-        self.config = config
         self.accelerator = accelerator = make_accelerator(config)
+        # that of `accelerate config` where none is given
+        self.config = config = replace(config, mixed_precision=accelerator.mixed_precision)
         self.dtype = _DTYPES[accelerator.mixed_precision]
         if config.cuda_graphs and accelerator.device.type != "cuda":
             raise ConfigError(f"cuda_graphs needs a GPU, got the device {accelerator.device}")
@@ -66,10 +68,6 @@ class PreferenceTrainer:
         check_schedule(config, config.max_train_steps)
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit, accelerator)
         resume = self.checkpoints.resolve(config.resume_from_checkpoint)
-        if config.resume_from_checkpoint is None and (self.folder / CONFIG).exists():
-            raise ConfigError(
-                f"output_dir {self.folder} holds the result of another training: choose another"
-            )
         self.model = load_model(config, model, self.dtype)
         self.config = config = config.for_model(self.model.pipeline)
         with memory_advice(config):
@@ -85,7 +83,10 @@ class PreferenceTrainer:
         """Optimiser steps done."""
         self.history: list[dict[str, float]] = []
         """What this process logged, every `logging_steps`, each with its `step`."""
-        state = None if resume is None else self._checked(read_state(resume), resume)
+        state = None if resume is None else read_state(resume)
+        if resume is not None and state is not None:
+            self._check_same(state, "checkpoint", resume)
+        self._check_result(anew=resume is None)
         with memory_advice(config):
             self._build(resume)
             if resume is not None and state is not None:
@@ -269,13 +270,14 @@ class PreferenceTrainer:
     def _validate(self) -> None:
         with self._averaged():
             images = draw_images(self.config, self.model, self.policy, self.dtype)
-        try:
-            keep_images(self.accelerator, self.config, images, self.step)
-        except OSError as error:
-            raise TrainingError(
+        together(
+            self.accelerator,
+            lambda: keep_images(self.accelerator, self.config, images, self.step),
+            lambda error: (
                 f"validation images cannot be written to {self.folder} ({error}): free disk space "
                 f"and resume with resume_from_checkpoint=latest"
-            ) from error
+            ),
+        )
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -292,26 +294,41 @@ class PreferenceTrainer:
 
     def save(self) -> None:
         """Write the weights (or their average), the config and the model card; all processes must
-        call it."""
+        call it.
+
+        Raises:
+            TrainingError: they cannot be written, or uploaded; on all processes.
+        """
+        accelerator = self.accelerator
         with self._averaged():
             state = weights.full_state(self.policy)
-            if self.accelerator.is_main_process:
-                try:
-                    write_result(
-                        self.folder,
-                        self.config,
-                        self.model,
-                        self.step,
-                        lambda folder: self._save_weights(folder, state),
-                    )
-                except WRITE_ERRORS as error:
-                    raise TrainingError(
-                        f"the result cannot be written to {self.folder} ({error}): free disk space "
-                        f"and call save() again, or run with resume_from_checkpoint=latest"
-                    ) from error
-                if self.config.push_to_hub:
-                    push(self.folder, self.config)
-        self.accelerator.wait_for_everyone()
+            together(
+                accelerator,
+                on_main(accelerator, lambda: self._write_result(state)),
+                lambda error: (
+                    f"the result cannot be written to {self.folder} ({error}): free disk space and "
+                    f"call save() again, or run with resume_from_checkpoint=latest"
+                ),
+            )
+        if self.config.push_to_hub:
+            together(
+                accelerator,
+                on_main(accelerator, lambda: push(self.folder, self.config)),
+                lambda error: (
+                    f"the result is in {self.folder} and cannot be uploaded ({error}): call save() "
+                    f"again, or upload the folder by hand"
+                ),
+            )
+
+    def _write_result(self, state: dict[str, Tensor]) -> None:
+        write_result(
+            self.folder,
+            self.config,
+            self.model,
+            self.step,
+            self._data_identity(),
+            lambda folder: self._save_weights(folder, state),
+        )
 
     def save_checkpoint(self) -> None:
         """Write `checkpoint-<step>`; all processes must call it.
@@ -330,8 +347,10 @@ class PreferenceTrainer:
         }
 
         def write(folder: Path) -> None:
-            torch.save(rng_state(), folder / f"random_states_{self.accelerator.process_index}.pkl")
-            if not self.accelerator.is_main_process:
+            accelerator = self.accelerator
+            states = rng_state(accelerator.device)
+            torch.save(states, folder / f"random_states_{accelerator.process_index}.pkl")
+            if not accelerator.is_main_process:
                 return
             self._save_weights(folder, state)
             torch.save(optimizer, folder / "optimizer.bin")
@@ -365,24 +384,42 @@ class PreferenceTrainer:
             "processes": self.accelerator.num_processes,
         }
 
-    def _checked(self, state: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """A checkpoint's state, if it is of this run.
+    def _check_same(self, state: dict[str, Any], kind: str, folder: Path) -> None:
+        """Refuse the state of a checkpoint or a result (`kind`) that is not of this run.
 
         Raises:
             ConfigError: naming what differs.
         """
-        lines = self.config.differences(state["config"])
+        whose = f"the {kind}"
+        lines = self.config.differences(state["config"], whose)
         lines += [
-            f"{name}: the checkpoint has {state['data'].get(name)}, this run {value}"
+            f"{name}: {whose} has {state['data'].get(name)}, this run {value}"
             for name, value in self._data_identity().items()
             if state["data"].get(name) != value
         ]
         if lines:
             raise ConfigError(
-                f"the checkpoint {folder} is of another run; restore these or begin a new "
+                f"{whose} {folder} is of another run; restore these or begin a new "
                 f"output_dir:\n  " + "\n  ".join(lines)
             )
-        return state
+
+    def _check_result(self, *, anew: bool) -> None:
+        """Refuse to replace the result of another run, and with a run from its start that of a
+        longer one.
+
+        Raises:
+            ConfigError: naming what differs.
+        """
+        if not (self.folder / CONFIG).exists():
+            return
+        result = read_result(self.folder)
+        state = {"config": result, "data": result.get("data", {})}
+        self._check_same(state, "result", self.folder)
+        if anew and result["steps"] > self.total_steps:
+            raise ConfigError(
+                f"the result {self.folder} has {result['steps']} optimiser steps, and this run "
+                f"{self.total_steps}: choose another output_dir"
+            )
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
         """Go on where a checkpoint was written; its weights are loaded before."""
@@ -401,4 +438,5 @@ class PreferenceTrainer:
             self.ema.to(self.accelerator.device)
         self.stepper.load(state["stepper"])
         self.step = int(state["step"])
-        set_rng_state(read(f"random_states_{self.accelerator.process_index}.pkl"))
+        states = read(f"random_states_{self.accelerator.process_index}.pkl")
+        set_rng_state(states, self.accelerator.device)

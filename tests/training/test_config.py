@@ -63,6 +63,7 @@ def test_every_field_has_a_flag_with_help(capsys):
         ({"train_batch_size": 0}, "train_batch_size must be at least 1, got 0"),
         ({"train_batch_size": 2.5}, "train_batch_size must be of type <class 'int'>, got 2.5"),
         ({"seed": True}, "seed must be of type"),
+        ({"seed": 2**32}, r"seed must be in \[0, 2\^32\), got 4294967296"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive and finite"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, fp16, bf16, got 'fp8'"),
         ({"loss_type": "ppo"}, "loss_type must be one of inpo, .*got 'ppo'"),

@@ -1,5 +1,6 @@
 """Two processes that share the pairs are one process with all of them: DDP and FSDP2, over gloo."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -64,6 +65,17 @@ def test_processes_resume_with_the_same_bits(folder, kind):
     assert ranks == ["random_states_0.pkl", "random_states_1.pkl"]
 
 
+def test_no_process_waits_for_one_that_could_not_write(folder):
+    for rank, why in enumerate(["No space left on device", "see the other process"]):
+        heard = json.loads((folder / f"unwritten-{rank}.json").read_text())
+        for said, what in zip(
+            heard,
+            ["the result cannot be written", "validation images cannot be", "cannot be uploaded"],
+            strict=True,
+        ):
+            assert what in said and f"({why})" in said
+
+
 def test_fsdp_rounds_no_more_than_autocast(tmp_path, monkeypatch):
     """accelerate has FSDP2 on accelerators only, so the plugin is that of a run on them."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
@@ -72,11 +84,21 @@ def test_fsdp_rounds_no_more_than_autocast(tmp_path, monkeypatch):
         distributed_type=DistributedType.FSDP,
         state=SimpleNamespace(fsdp_plugin=plugin),
         mixed_precision="bf16",
+        process_index=0,
     )
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: sharding)
-    monkeypatch.setattr("accelerate.utils.set_seed", lambda *_, **__: None)
     made = make_accelerator(tiny.config(tmp_path, tmp_path, mixed_precision="bf16"))
     assert made.state.fsdp_plugin.mixed_precision_policy is None
+
+
+def test_the_greatest_seed_has_a_successor(tmp_path, monkeypatch):
+    """Which the second process takes."""
+    second = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_CPU, mixed_precision="no", process_index=1
+    )
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: second)
+    make_accelerator(tiny.config(tmp_path, tmp_path, seed=2**32 - 1))
+    assert torch.initial_seed() == 0
 
 
 def test_one_process_refuses_the_checkpoint_of_two(folder):

@@ -12,7 +12,7 @@ import pytest
 import safetensors
 import torch
 
-from inpo_fast.training import checkpoint
+from inpo_fast.training import checkpoint, weights
 from inpo_fast.training.config import ConfigError
 from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.trainer import PreferenceTrainer
@@ -132,6 +132,38 @@ def test_a_checkpoint_of_another_configuration(model, tmp_path):
         PreferenceTrainer(other.config, dataset=tiny.pairs(14))
 
 
+def test_a_checkpoint_of_another_precision(model, tmp_path, monkeypatch):
+    """Also where the flags do not say which, but what accelerate was told."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer(model, tmp_path).train()
+    for name in ("training_config.json", "checkpoint-2/trainer_state.json"):
+        written = json.loads((tmp_path / name).read_text())
+        assert written.get("config", written)["mixed_precision"] == "bf16"
+    assert trainer(model, tmp_path, resume_from_checkpoint="latest").step == 4
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ConfigError, match="mixed_precision: the checkpoint has 'bf16', this run"):
+        trainer(model, tmp_path, resume_from_checkpoint="latest")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ConfigError, match=r"mixed_precision .*fp8"):
+        trainer(model, tmp_path / "other")
+
+
+def test_the_state_of_generators_is_that_of_the_own_device(monkeypatch):
+    """The machine that resumes may have fewer GPUs."""
+    there, here = torch.device("cuda", 3), torch.device("cuda", 0)
+    restored = {}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index]))
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: restored.update({device: state})
+    )
+    state = checkpoint.rng_state(there)
+    drawn = torch.rand(2)
+    checkpoint.set_rng_state(state, here)
+    assert restored == {here: torch.tensor([3])}
+    assert torch.equal(torch.rand(2), drawn)
+    assert checkpoint.rng_state(torch.device("cpu"))["device"] is None
+
+
 def test_checkpoints_are_not_overwritten_by_a_new_run(model, tmp_path):
     trainer(model, tmp_path).train()
     with pytest.raises(ConfigError, match=r"has checkpoints up to step 4: set resume_from"):
@@ -148,6 +180,89 @@ def test_a_result_is_not_overwritten_by_a_new_run(model, tmp_path):
     trainer(model, tmp_path, checkpointing_steps=100).train()
     with pytest.raises(ConfigError, match="holds the result of another training"):
         trainer(model, tmp_path)
+
+
+def test_latest_replaces_the_result_of_the_same_run_only(model, tmp_path):
+    """A run that is shorter than the way to its first checkpoint leaves none to resume from."""
+    short = {"checkpointing_steps": 100, "max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    first = trainer(model, tmp_path, **short)
+    first.train()
+    written = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    before = written.read_bytes()
+    with pytest.raises(ConfigError, match="loss_type: the result has 'inpo', this run 'dpo'"):
+        trainer(model, tmp_path, loss_type="dpo", **short)
+    with pytest.raises(ConfigError, match="pairs: the result has 12, this run 14"):
+        PreferenceTrainer(first.config, dataset=tiny.pairs(14))
+    with pytest.raises(ConfigError, match=r"has 2 optimiser steps, .* 1: choose another"):
+        trainer(model, tmp_path, **{**short, "max_train_steps": 1})
+    assert written.read_bytes() == before
+    # what a job that had ended does when it is launched again
+    trainer(model, tmp_path, **short).train()
+    assert written.read_bytes() == before
+    trainer(model, tmp_path, **{**short, "max_train_steps": 3}).train()
+    assert json.loads((tmp_path / "training_config.json").read_text())["steps"] == 3
+
+
+def test_a_checkpoint_beside_the_result_of_another_run(model, tmp_path):
+    trainer(model, tmp_path / "lora", rank=2).train()
+    trainer(model, tmp_path / "full", checkpointing_steps=100).train()
+    copied = tmp_path / "full" / "checkpoint-2"
+    shutil.copytree(tmp_path / "lora" / "checkpoint-2", copied)
+    with pytest.raises(ConfigError, match="rank: the result has None, this run 2"):
+        trainer(model, tmp_path / "full", rank=2, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize(
+    ("leave", "said"),
+    [
+        ("save_checkpoint", "has checkpoints up to step 0: .* choose another output_dir"),
+        ("save", "holds the result of another training: choose another"),
+    ],
+)
+def test_a_checkpoint_from_elsewhere_needs_a_folder_of_its_own(model, tmp_path, leave, said):
+    trainer(model, tmp_path / "one").train()
+    getattr(trainer(model, tmp_path / "two"), leave)()
+    other = {"resume_from_checkpoint": str(tmp_path / "one" / "checkpoint-2")}
+    with pytest.raises(ConfigError, match=said):
+        trainer(model, tmp_path / "two", **other)
+    # the same folder by another way is no other
+    there = tmp_path / "one" / ".." / "one" / "checkpoint-2"
+    assert trainer(model, tmp_path / "one", resume_from_checkpoint=str(there)).step == 2
+    assert trainer(model, tmp_path / "three", **other).step == 2
+
+
+def test_a_checkpoint_is_replaced_by_the_run_that_comes_by_again(model, tmp_path, monkeypatch):
+    trainer(model, tmp_path, max_train_steps=2).train()
+    part = tmp_path / "checkpoint-2"
+    whole = {path.name for path in part.iterdir()}
+    (part / "of-another-time").touch()
+    run = trainer(model, tmp_path, resume_from_checkpoint="latest")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="step 2 is untouched"):
+        patch.setattr(run, "_save_weights", full)
+        run.save_checkpoint()
+    assert (part / "of-another-time").is_file()
+    run.save_checkpoint()
+    assert {path.name for path in part.iterdir()} == whole
+    assert not any(tmp_path.glob(".checkpoint*"))
+
+
+def test_a_broken_result(model, tmp_path):
+    (tmp_path / "training_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"training_config\.json cannot be read"):
+        trainer(model, tmp_path, resume_from_checkpoint="latest")
+
+
+def test_no_lora_is_left_beside_the_result_of_another_kind(model, tmp_path):
+    """Whoever loads the result would take it for that."""
+    names = (weights.LORA, f"{tmp_path.name}_kohya.safetensors")
+    for name in (*names, "other.safetensors"):
+        (tmp_path / name).touch()
+    trainer(model, tmp_path).train()
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["other.safetensors"]
 
 
 def test_a_full_disk_at_the_end_can_be_mended(model, tmp_path, monkeypatch):

@@ -677,6 +677,22 @@ def test_the_official_inversion(model, tmp_path):
     assert all(math.isfinite(row["loss"]) for row in history)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "why"),
+    [
+        ("epsilon", {"latents": "official", "mixed_precision": "bf16"}, "dtype must hold 1 − ᾱ"),
+        ("v_prediction", {"latents": "official"}, "schedule of an epsilon model, got vp and v_pre"),
+        ("sample", {"latents": "ddim"}, "must be epsilon, v_prediction or flow, got 'sample'"),
+        ("sample", {"loss_type": "dpo"}, "must be epsilon, v_prediction or flow, got 'sample'"),
+    ],
+)
+def test_latents_that_the_model_cannot_have(tmp_path, kind, settings, why):
+    folder = tiny.save_pipeline(tmp_path / "model", prediction_type=kind)
+    said = r"^latents=\w+ and mixed_precision=\w+ do not go with the model's noise levels: .*"
+    with pytest.raises(ConfigError, match=said + why):
+        trainer(folder, tmp_path / "out", **settings)
+
+
 def test_the_quickstart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # --- as in the README

@@ -6,11 +6,13 @@ Arguments: folder, pairs of a process and micro-batch.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 import inpo_fast.training.step
 import inpo_fast.training.trainer
 from inpo_fast.training.leaving import leave
+from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.trainer import PreferenceTrainer
 from tests.training import tiny
 
@@ -100,7 +103,32 @@ def main() -> None:
     run_cases(root, f"ddp-{batch}", batch, CASES)
     shard_on_cpu()
     run_cases(root, f"fsdp-{batch}", batch, {name: CASES[name] for name in ("full", "lora")})
+    fail_to_write(root, batch)
     torch.distributed.destroy_process_group()
+
+
+def fail_to_write(root: Path, batch: int) -> None:
+    """Note what every process hears where the main one, which alone writes, cannot."""
+    module = inpo_fast.training.trainer
+    config = tiny.config(
+        *(root / "model", root / "unwritten"), train_batch_size=batch, rank=2, push_to_hub=True
+    )
+    run = PreferenceTrainer(config, dataset=tiny.pairs())
+    rank = run.accelerator.process_index
+
+    def full(*_):
+        if rank == 0:
+            raise OSError("No space left on device")
+
+    heard = []
+    writers = {"write_result": run.save, "keep_images": run._validate, "push": run.save}
+    for name, action in writers.items():
+        with patch.object(module, name, full), patch.object(module, "draw_images"):
+            try:
+                action()
+            except TrainingError as error:
+                heard.append(str(error))
+    (root / f"unwritten-{rank}.json").write_text(json.dumps(heard))
 
 
 CASES = {
