@@ -108,7 +108,10 @@ class Checkpoints:
             os.replace(part, final)
             _sync_folder(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
-            for old in self.steps()[: -self.limit] if self.limit else []:
+            # this one stays, also where a run that was resumed before others comes by again
+            others = [other for other in self.steps() if other != step]
+            many = len(others) + 1 - self.limit if self.limit else 0
+            for old in others[: max(0, many)]:
                 shutil.rmtree(self.path(old))
 
         def failed(error: object) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from accelerate import Accelerator
 
 from inpo_fast.training import checkpoint, weights
+from inpo_fast.training.checkpoint import STATE, Checkpoints
 from inpo_fast.training.config import ConfigError
 from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.trainer import PreferenceTrainer
@@ -119,6 +121,16 @@ def test_the_oldest_checkpoints_go(model, tmp_path):
         "checkpoint-3",
         "checkpoint-4",
     ]
+
+
+@pytest.mark.parametrize(("limit", "left"), [(2, {2, 4}), (3, {2, 3, 4}), (9, {1, 2, 3, 4})])
+def test_a_run_that_comes_by_again_keeps_its_newest_checkpoint(tmp_path, limit, left):
+    checkpoints = Checkpoints(tmp_path, limit, Accelerator(cpu=True))
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / STATE).touch()
+    checkpoints.save(2, lambda folder: (folder / STATE).touch())
+    assert set(checkpoints.steps()) == left
 
 
 def test_a_checkpoint_of_another_configuration(model, tmp_path):
