@@ -14,7 +14,7 @@ from ..naming import naming
 from ..training.files import write_json
 from ..writable import add_overwrite_argument, writable, writable_folder
 from .compare import Settings, as_json, compare
-from .models import fingerprint, load_pipeline
+from .models import Parts
 from .scorers import SCORERS, ScorerError, make_scorer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,11 +103,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         writable_folder(arguments.images, overwrite=arguments.overwrite)
     scorers = {name: make_scorer(name, arguments.device) for name in arguments.scorer}
     results = {"candidate": arguments.candidate, "baseline": arguments.baseline}
-    hashes = {name: fingerprint(base, result) for name, result in results.items()}
+    parts = {name: Parts.find(base, result) for name, result in results.items()}
+    hashes = {name: found.fingerprint() for name, found in parts.items()}
     shown = _SideBySide(arguments.images) if arguments.images is not None else None
     compared, schedulers = compare(
-        lambda: load_pipeline(base, arguments.candidate, dtype=dtype, device=arguments.device),
-        lambda: load_pipeline(base, arguments.baseline, dtype=dtype, device=arguments.device),
+        lambda: parts["candidate"].load(dtype=dtype, device=arguments.device),
+        lambda: parts["baseline"].load(dtype=dtype, device=arguments.device),
         settings,
         scorers,
         keep=shown,

@@ -99,7 +99,7 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
     denoiser, reference = getattr(parts, family.component), None
     if config.unet_init is not None:
         reference = denoiser if OBJECTIVES[config.loss_type].starts_apart else None
-        denoiser = _other_denoiser(config.unet_init, type(denoiser), family.component, options)
+        denoiser = other_denoiser(config.unet_init, type(denoiser), family.component, options)
     try:
         side = config.resolution or own_resolution(denoiser.config)
     except ValueError as error:
@@ -161,13 +161,25 @@ def _denoiser_and_scheduler(
         ) from error
 
 
-def _other_denoiser(where: str, kind: Any, component: str, options: dict[str, Any]) -> Any:
-    """The denoiser in a folder, in its subfolder `component`, or in that of a pipeline on the
-    hub."""
+def subfolder_of(where: str, component: str) -> str | None:
+    """Where the denoiser `where` has its files: in a subfolder `component`, as that of a pipeline
+    on the hub has, or, None, in the folder itself."""
     here = Path(where)
-    if not here.is_dir() or (here / component).is_dir():
-        options = {**options, "subfolder": component}
+    return component if not here.is_dir() or (here / component).is_dir() else None
+
+
+def other_denoiser(where: str, kind: Any, component: str, options: dict[str, Any]) -> Any:
+    """The denoiser of `unet_init`.
+
+    Args:
+        where: a folder or a pipeline's name on the hub; see `subfolder_of`.
+        kind: class of the denoiser.
+        options: of its `from_pretrained`.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
     try:
-        return kind.from_pretrained(where, **options)
+        return kind.from_pretrained(where, subfolder=subfolder_of(where, component), **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"unet_init {where} cannot be loaded: {error}") from error

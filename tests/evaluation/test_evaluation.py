@@ -11,8 +11,12 @@ import torch
 
 from inpo_fast import evaluation, shipped
 from inpo_fast.cli import main
-from inpo_fast.evaluation import command, scorers
+from inpo_fast.evaluation import scorers
 from inpo_fast.evaluation.compare import Comparison
+from inpo_fast.evaluation.models import Parts
+from inpo_fast.training import PreferenceConfig, weights
+from inpo_fast.training.artefacts import CONFIG
+from inpo_fast.training.checkpoint import STATE
 
 PROMPTS = shipped.held_out_prompts(2)
 PROMPTS_FILE = "\n\n".join(PROMPTS).encode()
@@ -205,7 +209,7 @@ def test_the_command_overwrites_nothing_unasked(tmp_path, trained, capsys, monke
     def drawn(*_, **__):
         raise OSError("drawn")
 
-    monkeypatch.setattr(command, "load_pipeline", drawn)
+    monkeypatch.setattr(Parts, "load", drawn)
     (tmp_path / "images").mkdir()
     for flags in ((), ("--overwrite",)):
         assert run(tmp_path, trained, *flags) == 1
@@ -231,6 +235,56 @@ def test_the_command_refuses_what_is_no_model(tmp_path, trained, capsys):
     assert "must hold pytorch_lora_weights.safetensors, unet/" in capsys.readouterr().err
 
 
+@pytest.fixture
+def lora(tmp_path):
+    """A folder with a LoRA for the shipped model, as any tool writes one."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    unet = UNet2DConditionModel.from_pretrained(shipped.model_path(), subfolder="unet")
+    unet.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=["to_q"]))
+    state = unet.state_dict()
+    weights.save_lora(tmp_path / "lora", "StableDiffusionPipeline", "unet", unet, state)
+    return tmp_path / "lora"
+
+
+def remember(folder, kind, **settings):
+    """Write what a training says about itself."""
+    config = PreferenceConfig(rank=1, **settings).to_dict()
+    (folder / kind).write_text(json.dumps({"config": config} if kind == STATE else config))
+
+
+@pytest.mark.parametrize("kind", [CONFIG, STATE])
+def test_a_lora_is_drawn_on_the_denoiser_that_it_was_trained_on(tmp_path, trained, lora, kind):
+    def drawn_with():
+        parts = Parts.find(str(shipped.model_path()), str(lora))
+        unet = parts.load(dtype=torch.float32, device="cpu").unet
+        assert unet.peft_config
+        return parts.fingerprint(), unet.conv_out.weight
+
+    base = shipped.load_pipeline().unet.conv_out.weight
+    hashes, weight = drawn_with()
+    assert torch.equal(weight, base)
+    remember(lora, kind)
+    assert torch.equal(drawn_with()[1], base)
+    for place, start in (("unet", trained), (".", trained / "unet")):
+        remember(lora, kind, unet_init=str(start))
+        now, weight = drawn_with()
+        assert torch.equal(weight, base / 2), place
+        extra = now.keys() - hashes.keys()
+        assert extra == {"unet_init/diffusion_pytorch_model.safetensors"}
+
+
+def test_a_lora_whose_denoiser_cannot_be_had_is_refused(tmp_path, lora, capsys):
+    remember(lora, CONFIG, unet_init=str(tmp_path / "gone"))
+    assert run(tmp_path, lora) == 1
+    error = capsys.readouterr().err
+    assert f"the LoRA in {lora} was trained on the denoiser unet_init={tmp_path}/gone, whi" in error
+    (lora / CONFIG).write_text("{")
+    assert run(tmp_path, lora) == 1
+    assert f"{CONFIG} cannot be read: " in capsys.readouterr().err
+
+
 def test_prompts_that_a_scorer_cannot_judge_are_refused_before_anything_is_drawn(
     tmp_path, capsys, monkeypatch
 ):
@@ -245,7 +299,7 @@ def test_prompts_that_a_scorer_cannot_judge_are_refused_before_anything_is_drawn
     with pytest.raises(AssertionError, match="a model was loaded"):
         evaluation.compare(drawn, drawn, settings, scorers)
 
-    monkeypatch.setattr(command, "load_pipeline", drawn)
+    monkeypatch.setattr(Parts, "load", drawn)
     assert run(tmp_path, shipped.model_path(), prompts=b"a cat\n") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "scorer attributes cannot judge" in line and "'a cat'" in line

@@ -13,7 +13,7 @@ from PIL import Image
 
 import inpo_fast
 from inpo_fast import cli, invert, shipped
-from inpo_fast.evaluation.models import load_pipeline
+from inpo_fast.evaluation.models import Parts
 from inpo_fast.pipelines import edit_command, invert_command, loading
 
 STEPS = 20
@@ -116,7 +116,7 @@ def test_commands_load_pipelines_that_were_saved_with_a_scheduler_of_this_packag
     pipe.save_pretrained(tmp_path)
     for load in (
         lambda: loading.load(Namespace(model=str(tmp_path), device="cpu", dtype="float32")),
-        lambda: load_pipeline(str(tmp_path), None, dtype=torch.float32, device="cpu"),
+        lambda: Parts.find(str(tmp_path), None).load(dtype=torch.float32, device="cpu"),
     ):
         # as in a process that has not used them; what is imported here goes with the rest
         monkeypatch.setattr(inpo_fast, "schedulers", inpo_fast.schedulers)
