@@ -14,7 +14,7 @@ from ..schedule import NoiseSchedule
 from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
 from .families import FAMILIES, Family, own_resolution, schedule_of
-from .images import FACTOR
+from .images import Preprocess
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Model:
         denoiser: that is trained.
         schedule: its noise levels.
         pipeline: class of the pipeline, a key of `FAMILIES`.
+        preprocess: from images to those of a batch, at the sizes that the schedule is for.
         loaded: the pipeline, where the caller gave one.
         reference: the denoiser to compare with; None where that is the one that is trained, as it
             is at the start.
@@ -33,6 +34,7 @@ class Model:
     denoiser: Any
     schedule: NoiseSchedule
     pipeline: str
+    preprocess: Preprocess
     loaded: Any = None
     reference: Any = None
 
@@ -45,11 +47,6 @@ class Model:
         """Of the latents, before FLUX packs 2 × 2 of them into one token."""
         channels: int = self.denoiser.config.in_channels
         return channels // 4 if self.pipeline == "FluxPipeline" else channels
-
-    @property
-    def resolution(self) -> int:
-        """Pixels along a side that the denoiser was made for; see `own_resolution`."""
-        return own_resolution(self.denoiser.config)
 
     def check(self, batch: PairBatch) -> None:
         """Refuse pairs that were encoded for another family, by their shapes and names.
@@ -100,16 +97,35 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
     if config.unet_init is not None:
         reference = denoiser if OBJECTIVES[config.loss_type].starts_apart else None
         denoiser = other_denoiser(config.unet_init, type(denoiser), family.component, options)
+    preprocess = preprocess_of(config, denoiser)
     try:
-        side = config.resolution or own_resolution(denoiser.config)
-    except ValueError as error:
-        raise ConfigError(f"resolution must be given: {error}") from error
-    try:
-        # FLUX has a token for 2 × 2 latents
-        schedule = schedule_of(parts.scheduler, (side // FACTOR // 2) ** 2)
+        schedule = schedule_of(parts.scheduler, preprocess.buckets)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the model's scheduler cannot be trained on: {error}") from error
-    return Model(denoiser, schedule, name, pipeline, reference)
+    return Model(denoiser, schedule, name, preprocess, pipeline, reference)
+
+
+def preprocess_of(config: PreferenceConfig, denoiser: Any) -> Preprocess:
+    """What the config says of the images; without a size, that which the denoiser was made for.
+
+    Raises:
+        ConfigError: no size, or one that cannot be.
+    """
+    resolution = config.resolution
+    if resolution is None and config.aspect_ratio_buckets is None:
+        try:
+            resolution = own_resolution(denoiser.config)
+        except ValueError as error:
+            raise ConfigError(f"resolution must be given: {error}") from error
+    try:
+        return Preprocess.of_flags(
+            resolution=resolution,
+            aspect_ratio_buckets=config.aspect_ratio_buckets,
+            random_crop=config.random_crop,
+            no_hflip=config.no_hflip,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def pipeline_class(name: str) -> Any:
