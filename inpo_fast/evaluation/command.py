@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,14 +102,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
     writable(arguments.json, overwrite=arguments.overwrite)
     if arguments.images is not None:
         writable_folder(arguments.images, overwrite=arguments.overwrite)
-    scorers = {name: make_scorer(name, arguments.device) for name in arguments.scorer}
     results = {"candidate": arguments.candidate, "baseline": arguments.baseline}
     parts = {name: Parts.find(base, result) for name, result in results.items()}
-    hashes = {name: found.fingerprint() for name, found in parts.items()}
+    scorers = {name: make_scorer(name, arguments.device) for name in arguments.scorer}
+    hashes = {}
+
+    def load(name: str) -> Any:
+        pipeline = parts[name].load(dtype=dtype, device=arguments.device)
+        # a model on the hub has files here only when it has been loaded
+        hashes[name] = parts[name].fingerprint()
+        return pipeline
+
     shown = _SideBySide(arguments.images) if arguments.images is not None else None
     compared, schedulers = compare(
-        lambda: parts["candidate"].load(dtype=dtype, device=arguments.device),
-        lambda: parts["baseline"].load(dtype=dtype, device=arguments.device),
+        lambda: load("candidate"),
+        lambda: load("baseline"),
         settings,
         scorers,
         keep=shown,

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from inpo_fast import evaluation, shipped
 from inpo_fast.cli import main
-from inpo_fast.evaluation import scorers
+from inpo_fast.evaluation import command, scorers
 from inpo_fast.evaluation.compare import Comparison
 from inpo_fast.evaluation.models import Parts
 from inpo_fast.training import PreferenceConfig, weights
@@ -229,10 +228,54 @@ def test_the_command_overwrites_nothing_unasked(tmp_path, trained, capsys, monke
     assert (tmp_path / "eval.json").read_text() == "mine"
 
 
-def test_the_command_refuses_what_is_no_model(tmp_path, trained, capsys):
-    shutil.rmtree(trained / "unet")
-    assert run(tmp_path, trained) == 1
-    assert "must hold pytorch_lora_weights.safetensors, unet/" in capsys.readouterr().err
+def test_what_is_no_model_is_refused_before_anything_is_loaded(
+    tmp_path, trained, capsys, monkeypatch
+):
+    def loaded(*_, **__):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(Parts, "load", loaded)
+    monkeypatch.setattr(command, "make_scorer", loaded)
+    (tmp_path / "empty").mkdir()
+    for candidate, *more in (
+        (tmp_path / "empty",),
+        (trained, "--baseline", str(tmp_path / "empty")),
+        (trained, "--baseline", str(tmp_path / "none")),
+    ):
+        assert run(tmp_path, candidate, *more) == 1
+        wrong = more[-1] if more else candidate
+        expected = f"inpo-fast eval: {wrong} must hold pytorch_lora_weights.safetensors, unet/"
+        assert capsys.readouterr().err.startswith(expected)
+    none = str(tmp_path / "none")
+    assert run(tmp_path, trained, "--pretrained_model_name_or_path", none) == 1
+    assert none in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_base_on_the_hub_is_hashed_when_it_is_there(tmp_path, trained, monkeypatch):
+    import huggingface_hub
+    from diffusers import DiffusionPipeline
+
+    here, fetched = str(shipped.model_path()), set()
+    load, load_config = DiffusionPipeline.from_pretrained, DiffusionPipeline.load_config
+
+    def from_hub(name, **options):
+        fetched.add(name)
+        return load(here, **options)
+
+    def cached(name, *, local_files_only):
+        if name not in fetched:
+            raise FileNotFoundError(f"{name} is not in the cache")
+        return here
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_hub)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda _: load_config(here))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    flags = ["--num_seeds", "1", "--num_inference_steps", "1"]
+    assert run(tmp_path, trained, "--pretrained_model_name_or_path", "owner/base", *flags) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert found["candidate"]["base"] == "owner/base"
+    assert found["baseline"]["sha256"] == Parts.find(here, None).fingerprint()
 
 
 @pytest.fixture
