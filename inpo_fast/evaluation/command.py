@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..environment import available_device, machine, versions
+from ..files import write_json, write_picture
 from ..naming import naming
-from ..training.files import write_json
 from ..writable import add_overwrite_argument, writable, writable_folder
 from .compare import Settings, as_json, compare
 from .models import Parts
@@ -180,4 +180,4 @@ class _SideBySide:
                 both.paste(left, (0, 0))
             both.paste(picture, (both.width - picture.width, 0))
             picture = both
-        picture.save(path)
+        write_picture(path, picture)

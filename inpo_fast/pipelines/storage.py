@@ -12,12 +12,14 @@ import os
 from collections.abc import Mapping
 from fractions import Fraction
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..files import read_tensors, write_tensors
 from ..solvers.program import unwarned
-from ..state import State, read_safetensors, write_safetensors
+from ..state import State
 from .adapter import Adapter, Conditioning, Request
 from .fingerprint import Fingerprint, check_dtypes, fingerprint
 from .inversion import Inversion
@@ -45,6 +47,7 @@ def save(inversion: Inversion, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: a solver parameter or setting that is not plain data.
+        OSError: it cannot be written.
     """
     tensors, state = inversion.state.pack()
     request, plan = inversion.request, inversion.plan
@@ -81,7 +84,7 @@ def save(inversion: Inversion, path: str | os.PathLike[str]) -> None:
         named["null_embeddings"] = inversion.null_embeddings
     # safetensors refuses tensors that share memory, as repeated and expanded ones do
     named = {name: tensor.detach().clone().contiguous() for name, tensor in named.items()}
-    write_safetensors(path, named, {"format": FORMAT, "inversion": json.dumps(header)})
+    write_tensors(Path(path), named, {"format": FORMAT, "inversion": json.dumps(header)})
 
 
 def load(
@@ -109,7 +112,7 @@ def load(
     name = os.fspath(path)
     if solver is not None:
         resolve(solver)
-    _, fields = read_safetensors(path)
+    _, fields = read_tensors(path)
     if fields.get("format") != FORMAT:
         raise ValueError(
             f"{name} is not an inversion of this version of inpo_fast: format must be {FORMAT!r}, "
@@ -118,7 +121,7 @@ def load(
     if unknown := sorted(set(expected) - set(_EXPECTED)):
         raise TypeError(f"unknown arguments {unknown}, expected some of {_EXPECTED}")
     adapter = adapter_of(pipe)
-    tensors, _ = read_safetensors(path, adapter.device)
+    tensors, _ = read_tensors(path, adapter.device)
     try:
         header = json.loads(fields["inversion"])
         _compare_models(name, header, adapter)

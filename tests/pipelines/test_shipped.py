@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import inpo_fast
 from inpo_fast import cli, invert, shipped
@@ -106,6 +107,45 @@ def test_commands(scene, picture, tmp_path, capsys):
 
     assert cli.main(["edit", str(written), *arguments, "--overwrite", "--dtype", "bfloat16"]) == 1
     assert "in float32, which the pipeline has in bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("full", ["inversion", "picture"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(
+    full, picture, tmp_path, capsys, monkeypatch
+):
+    def no_space(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    def no_room(image, file, **_):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    pixels = (picture[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "scene.png")
+    written = tmp_path / "scene.safetensors"
+    invert_it = ["invert", str(tmp_path / "scene.png"), "--steps", "2", "--output", str(written)]
+    edit_it = ["edit", str(written), "--prompt", "a", "--output", str(tmp_path / "edited.png")]
+    assert cli.main(invert_it) == 0 and cli.main(edit_it) == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert len(before) == 3
+    capsys.readouterr()
+    if full == "inversion":
+        monkeypatch.setattr("safetensors.torch.save_file", no_space)
+        commands = [invert_it]
+    else:
+        monkeypatch.setattr(Image.Image, "save", no_room)
+        written.unlink()
+        # the first leaves the inversion, which comes before its picture
+        commands = [invert_it, edit_it]
+    for command in commands:
+        assert cli.main([*command, "--overwrite"]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"inpo-fast {command[0]}: ") and "No space left" in line
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.png")} == before
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in before} | {
+        written.name
+    }
 
 
 def test_commands_load_pipelines_that_were_saved_with_a_scheduler_of_this_package(
