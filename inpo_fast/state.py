@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .files import read_tensors, write_tensors
 from .solvers.program import Ends
 
 Pair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
@@ -104,10 +104,11 @@ class State:
         nothing behind.
 
         Raises:
+            OSError: it cannot be written.
             LatticeRangeError, NonFiniteError: the run has gone wrong before this moment.
         """
         tensors, fields = self.pack()
-        write_safetensors(path, tensors, {"format": _FORMAT, **fields})
+        write_tensors(Path(path), tensors, {"format": _FORMAT, **fields})
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state as named tensors and text fields, what a file of it holds.
@@ -135,7 +136,7 @@ class State:
             FileNotFoundError: no such file.
             ValueError: the file is corrupt or is not such a state.
         """
-        tensors, fields = read_safetensors(path, device)
+        tensors, fields = read_tensors(path, device)
         if fields.get("format") != _FORMAT:
             raise ValueError(
                 f"{os.fspath(path)} is not an inpo_fast state: format must be {_FORMAT!r}, got "
@@ -193,50 +194,3 @@ class State:
             raise ValueError(f"{path} holds tracks of different shapes")
         if any(b.dtype != torch.int64 or (b < 0).any() for b in self.buffers if b is not None):
             raise ValueError(f"{path} holds a buffer that is not int64 and at least 0")
-
-
-def write_safetensors(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], fields: dict[str, str]
-) -> None:
-    """Write tensors and text under a temporary name, then rename: all of the file or nothing.
-
-    Raises:
-        FileNotFoundError: no folder to write to.
-    """
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        contiguous = {name: t.contiguous() for name, t in tensors.items()}
-        save_file(contiguous, temporary, metadata=fields)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_safetensors(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu"
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and text fields of a file.
-
-    Every tensor has memory of its own. Those that safetensors hands out lie anywhere in the file's,
-    and products round by where their operands begin: a model would return other bits.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is corrupt.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file at {os.fspath(path)}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a readable safetensors file: {error}") from None

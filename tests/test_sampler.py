@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -687,7 +688,9 @@ print(json.dumps(hashlib.sha256(back.tracks[back.output].numpy().tobytes()).hexd
     assert json.loads(result.stdout) == expected
 
 
-def test_saving_replaces_the_file_or_leaves_it(tmp_path, monkeypatch):
+# safetensors has an error of its own
+@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("disk full")])
+def test_saving_replaces_the_file_or_leaves_it(tmp_path, monkeypatch, error):
     sampler = Sampler(Network(), bdia(schedule(3)))
     path = tmp_path / "state"
     sampler.start(image(0)).save(path)
@@ -697,7 +700,7 @@ def test_saving_replaces_the_file_or_leaves_it(tmp_path, monkeypatch):
     def fail(tensors, file, metadata):
         with open(file, "wb") as partial:
             partial.write(b"half a")
-        raise OSError("disk full")
+        raise error
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="disk full"):

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..environment import available_device, machine, versions
+from ..files import write_json, write_picture
 from ..naming import naming
-from ..training.files import write_json
 from ..writable import add_overwrite_argument, writable, writable_folder
 from .compare import Settings, as_json, compare
-from .models import fingerprint, load_pipeline
+from .models import Parts
 from .scorers import SCORERS, ScorerError, make_scorer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,13 +102,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
     writable(arguments.json, overwrite=arguments.overwrite)
     if arguments.images is not None:
         writable_folder(arguments.images, overwrite=arguments.overwrite)
-    scorers = {name: make_scorer(name, arguments.device) for name in arguments.scorer}
     results = {"candidate": arguments.candidate, "baseline": arguments.baseline}
-    hashes = {name: fingerprint(base, result) for name, result in results.items()}
+    parts = {name: Parts.find(base, result) for name, result in results.items()}
+    scorers = {name: make_scorer(name, arguments.device) for name in arguments.scorer}
+    hashes = {}
+
+    def load(name: str) -> Any:
+        pipeline = parts[name].load(dtype=dtype, device=arguments.device)
+        # a model on the hub has files here only when it has been loaded
+        hashes[name] = parts[name].fingerprint()
+        return pipeline
+
     shown = _SideBySide(arguments.images) if arguments.images is not None else None
     compared, schedulers = compare(
-        lambda: load_pipeline(base, arguments.candidate, dtype=dtype, device=arguments.device),
-        lambda: load_pipeline(base, arguments.baseline, dtype=dtype, device=arguments.device),
+        lambda: load("candidate"),
+        lambda: load("baseline"),
         settings,
         scorers,
         keep=shown,
@@ -171,4 +180,4 @@ class _SideBySide:
                 both.paste(left, (0, 0))
             both.paste(picture, (both.width - picture.width, 0))
             picture = both
-        picture.save(path)
+        write_picture(path, picture)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..files import write_picture
 from ..writable import add_overwrite_argument
 from .inversion import Inversion
 from .loading import (
@@ -49,5 +50,5 @@ def _edit(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance,
         **options,
     )
-    edited.images[0].save(output)
+    write_picture(output, edited.images[0])
     print(f"wrote {output}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..files import write_picture
 from ..solvers import SOLVERS
 from ..writable import add_overwrite_argument, writable
 from .inverting import invert
@@ -77,7 +78,9 @@ def _invert(arguments: argparse.Namespace) -> None:
         strength=arguments.strength,
         **options,
     )
-    inversion.reconstruct().images[0].save(reconstruction)
+    back = inversion.reconstruct().images[0]
+    # what cost the time first
     inversion.save(output)
+    write_picture(reconstruction, back)
     print(inversion)
     print(f"wrote {output} and {reconstruction}")

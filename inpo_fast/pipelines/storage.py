@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..files import read_tensors, write_tensors
 from ..solvers.program import unwarned
-from ..state import State, read_safetensors, write_safetensors
+from ..state import State
 from .adapter import Adapter, Conditioning, Request
 from .fingerprint import Fingerprint, check_dtypes, fingerprint
 from .inversion import Inversion
@@ -38,6 +40,7 @@ def save(inversion: Inversion, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: a solver parameter or setting that is not plain data.
+        OSError: it cannot be written.
     """
     tensors, state = inversion.state.pack()
     request, plan = inversion.request, inversion.plan
@@ -74,7 +77,7 @@ def save(inversion: Inversion, path: str | os.PathLike[str]) -> None:
         named["null_embeddings"] = inversion.null_embeddings
     # safetensors refuses tensors that share memory, as repeated and expanded ones do
     named = {name: tensor.detach().clone().contiguous() for name, tensor in named.items()}
-    write_safetensors(path, named, {"format": FORMAT, "inversion": json.dumps(header)})
+    write_tensors(Path(path), named, {"format": FORMAT, "inversion": json.dumps(header)})
 
 
 def load(
@@ -103,7 +106,7 @@ def load(
     name = os.fspath(path)
     if solver is not None:
         resolve(solver)
-    _, fields = read_safetensors(path)
+    _, fields = read_tensors(path)
     if fields.get("format") != FORMAT:
         raise ValueError(
             f"{name} is not an inversion of this version of inpo_fast: format must be {FORMAT!r}, "
@@ -117,7 +120,7 @@ def load(
     if unknown := sorted(expected.keys() - held.keys()):
         raise TypeError(f"{name} has no {unknown} to compare, but {', '.join(held)}")
     adapter = adapter_of(pipe)
-    tensors, _ = read_safetensors(path, adapter.device)
+    tensors, _ = read_tensors(path, adapter.device)
     with _reading(name):
         _compare_models(name, header, adapter)
         _compare_expected(name, held, expected)

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files import write_json, write_tensors
 from .encoders import Encoders, ModelFiles
 from .examine import FoundPair, Report, Rules, examine
 from .families import FAMILIES, check_sizes
-from .files import write_json, write_tensors
 from .pairs import DataError
 from .sources import IndexedSource, Source
 from .stored import EncodedPair, EncodedPairs, Scaling
@@ -332,9 +332,14 @@ def _claim(folder: Path, key: Mapping[str, Any]) -> None:
                 + "\n  ".join(lines)
             )
         return
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file; name a folder to write to")
     if folder.exists() and any(not entry.name.endswith(".tmp") for entry in folder.iterdir()):
         raise DataError(f"{folder} is neither empty nor a cache: it has no {_KEY}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be made: {error}") from error
     write_json(folder / _KEY, key)
 
 

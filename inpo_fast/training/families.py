@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..schedule import NoiseSchedule
-from .images import FACTOR
+from .images import FACTOR, Size
 from .latents import training_schedule
 
 Predict: TypeAlias = Callable[[nn.Module, Tensor, Tensor, "Conditioning"], Tensor]
@@ -178,7 +178,7 @@ def own_resolution(config: Mapping[str, Any]) -> int:
     return FACTOR * (size if isinstance(size, int) else size[0])
 
 
-def check_sizes(pipeline: str, sizes: Iterable[tuple[int, int]]) -> None:
+def check_sizes(pipeline: str, sizes: Iterable[Size]) -> None:
     """Refuse heights and widths in pixels that the patches of a denoiser do not cover.
 
     Raises:
@@ -192,12 +192,26 @@ def check_sizes(pipeline: str, sizes: Iterable[tuple[int, int]]) -> None:
         )
 
 
-def schedule_of(scheduler: Any, tokens: int) -> NoiseSchedule:
-    """The training schedule, with FLUX's shift for images of so many tokens, k = e^μ and μ linear
-    in their number."""
+def schedule_of(scheduler: Any, sizes: Iterable[Size]) -> NoiseSchedule:
+    """The training schedule for images of these heights and widths in pixels.
+
+    With FLUX's shift k = e^μ, where the scheduler has it: μ is linear in the number of tokens, each
+    of 2 × 2 latents.
+
+    Raises:
+        TypeError, ValueError: a scheduler that cannot be trained on, or sizes with several shifts.
+    """
     config = scheduler.config
     if not getattr(config, "use_dynamic_shifting", False):
         return training_schedule(scheduler)
+    counts = {size: math.prod(side // FACTOR // 2 for side in size) for size in sizes}
+    tokens, *others = set(counts.values())
+    if others:
+        listed = "; ".join(f"{high},{wide} ({n} tokens)" for (high, wide), n in counts.items())
+        raise ValueError(
+            f"{type(scheduler).__name__} shifts the noise by the number of tokens, for which "
+            f"aspect_ratio_buckets must all have one area, got {listed}"
+        )
     low, high = config.base_image_seq_len, config.max_image_seq_len
     slope = (config.max_shift - config.base_shift) / (high - low)
     mu = config.base_shift + slope * (tokens - low)

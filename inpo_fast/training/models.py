@@ -14,7 +14,7 @@ from ..schedule import NoiseSchedule
 from .batch import PairBatch
 from .config import ConfigError, PreferenceConfig
 from .families import FAMILIES, Family, own_resolution, schedule_of
-from .images import FACTOR
+from .images import Preprocess
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Model:
         denoiser: that is trained.
         schedule: its noise levels.
         pipeline: class of the pipeline, a key of `FAMILIES`.
+        preprocess: from images to those of a batch, at the sizes that the schedule is for.
         loaded: the pipeline, where the caller gave one.
         reference: the denoiser to compare with; None where that is the one that is trained, as it
             is at the start.
@@ -33,6 +34,7 @@ class Model:
     denoiser: Any
     schedule: NoiseSchedule
     pipeline: str
+    preprocess: Preprocess
     loaded: Any = None
     reference: Any = None
 
@@ -45,11 +47,6 @@ class Model:
         """Of the latents, before FLUX packs 2 × 2 of them into one token."""
         channels: int = self.denoiser.config.in_channels
         return channels // 4 if self.pipeline == "FluxPipeline" else channels
-
-    @property
-    def resolution(self) -> int:
-        """Pixels along a side that the denoiser was made for; see `own_resolution`."""
-        return own_resolution(self.denoiser.config)
 
     def check(self, batch: PairBatch) -> None:
         """Refuse pairs that were encoded for another family, by their shapes and names.
@@ -99,17 +96,36 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
     denoiser, reference = getattr(parts, family.component), None
     if config.unet_init is not None:
         reference = denoiser if OBJECTIVES[config.loss_type].starts_apart else None
-        denoiser = _other_denoiser(config.unet_init, type(denoiser), family.component, options)
+        denoiser = other_denoiser(config.unet_init, type(denoiser), family.component, options)
+    preprocess = preprocess_of(config, denoiser)
     try:
-        side = config.resolution or own_resolution(denoiser.config)
-    except ValueError as error:
-        raise ConfigError(f"resolution must be given: {error}") from error
-    try:
-        # FLUX has a token for 2 × 2 latents
-        schedule = schedule_of(parts.scheduler, (side // FACTOR // 2) ** 2)
+        schedule = schedule_of(parts.scheduler, preprocess.buckets)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the model's scheduler cannot be trained on: {error}") from error
-    return Model(denoiser, schedule, name, pipeline, reference)
+    return Model(denoiser, schedule, name, preprocess, pipeline, reference)
+
+
+def preprocess_of(config: PreferenceConfig, denoiser: Any) -> Preprocess:
+    """What the config says of the images; without a size, that which the denoiser was made for.
+
+    Raises:
+        ConfigError: no size, or one that cannot be.
+    """
+    resolution = config.resolution
+    if resolution is None and config.aspect_ratio_buckets is None:
+        try:
+            resolution = own_resolution(denoiser.config)
+        except ValueError as error:
+            raise ConfigError(f"resolution must be given: {error}") from error
+    try:
+        return Preprocess.of_flags(
+            resolution=resolution,
+            aspect_ratio_buckets=config.aspect_ratio_buckets,
+            random_crop=config.random_crop,
+            no_hflip=config.no_hflip,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def pipeline_class(name: str) -> Any:
@@ -161,13 +177,25 @@ def _denoiser_and_scheduler(
         ) from error
 
 
-def _other_denoiser(where: str, kind: Any, component: str, options: dict[str, Any]) -> Any:
-    """The denoiser in a folder, in its subfolder `component`, or in that of a pipeline on the
-    hub."""
+def subfolder_of(where: str, component: str) -> str | None:
+    """Where the denoiser `where` has its files: in a subfolder `component`, as that of a pipeline
+    on the hub has, or, None, in the folder itself."""
     here = Path(where)
-    if not here.is_dir() or (here / component).is_dir():
-        options = {**options, "subfolder": component}
+    return component if not here.is_dir() or (here / component).is_dir() else None
+
+
+def other_denoiser(where: str, kind: Any, component: str, options: dict[str, Any]) -> Any:
+    """The denoiser of `unet_init`.
+
+    Args:
+        where: a folder or a pipeline's name on the hub; see `subfolder_of`.
+        kind: class of the denoiser.
+        options: of its `from_pretrained`.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
     try:
-        return kind.from_pretrained(where, **options)
+        return kind.from_pretrained(where, subfolder=subfolder_of(where, component), **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"unet_init {where} cannot be loaded: {error}") from error

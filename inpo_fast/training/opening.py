@@ -13,7 +13,6 @@ from .config import ConfigError, PreferenceConfig
 from .encoders import Encoders, ModelFiles
 from .examine import Catalogue, Rules
 from .families import check_sizes
-from .images import Preprocess
 from .live import LivePairs
 from .loader import PairData
 from .models import Model
@@ -48,16 +47,10 @@ def open_pairs(
             "dataset_name must name a data set, a file, a folder or a cache, got none"
         )
     try:
-        preprocess = Preprocess.of_flags(
-            resolution=config.resolution or model.resolution,
-            aspect_ratio_buckets=config.aspect_ratio_buckets,
-            random_crop=config.random_crop,
-            no_hflip=config.no_hflip,
-        )
-        check_sizes(model.pipeline, preprocess.buckets)
+        check_sizes(model.pipeline, model.preprocess.buckets)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    rules = Rules(preprocess, Ties(config.ties, config.seed))
+    rules = Rules(model.preprocess, Ties(config.ties, config.seed))
 
     def files() -> ModelFiles:
         return ModelFiles.find(

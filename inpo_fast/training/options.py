@@ -52,10 +52,22 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, resolution: int | Non
     )
     parser.add_argument(
         "--num_workers",
-        type=int,
+        type=_count,
         default=0,
         help="processes that read and decode (default: %(default)s, in this one)",
     )
+
+
+def _count(text: str) -> int:
+    """An int that is at least 0.
+
+    Raises:
+        ArgumentTypeError: less than that.
+    """
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return number
 
 
 def opened(arguments: argparse.Namespace) -> Source:

@@ -20,7 +20,13 @@ Record = Mapping[str, Any]
 _SIDES = (("w", "l"), ("win", "lose"))
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CAPTIONS = (".caption", ".txt")
-_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}")
+_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(?!\d).*")
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words of a path that name a split, as `datasets.load_dataset` reads them."""
 
 
 class Source(ABC):
@@ -186,16 +192,16 @@ def open_source(
     """Open a source of preference pairs.
 
     Args:
-        source: a .parquet or .arrow file; a folder of them, as `datasets` writes them too; a folder
-            with `w/` and `l/` or `win/` and `lose/`; a `datasets` object; or a name that
-            `datasets.load_dataset` knows.
+        source: a .parquet or .arrow file; a folder of them, as `datasets` writes them too, whose
+            names may tell splits as on the hub; a folder with `w/` and `l/` or `win/` and `lose/`;
+            a `datasets` object; or a name that `datasets.load_dataset` knows.
         split: of a folder or name that has several.
         streaming: read a name as a stream instead of downloading it first.
         max_samples: only so many rows, the first; None takes all.
 
     Raises:
-        DataError: no such file or data set, columns missing, several splits and none chosen, no
-            rows.
+        DataError: no such file or data set, columns missing, several splits and none chosen, files
+            that name a split beside others that name none, no rows.
     """
     opened: IndexedSource | DatasetStream
     if isinstance(source, (str, PathLike)):
@@ -259,12 +265,50 @@ def _no_split(path: Path, split: str | None) -> None:
 
 
 def _of_split(root: Path, files: list[Path], split: str | None) -> list[Path]:
-    """The files of a split, by names such as train-00000-of-00004.parquet."""
-    names = {path: match[1] for path in files if (match := _SPLIT.fullmatch(path.stem))}
-    if not names and split is None:
+    """The files of a split, all of them where they name none.
+
+    Raises:
+        DataError: no such split, several and none chosen, or a file that would be left out because
+            it names none, or more than one.
+    """
+    named: dict[str, list[Path]] = {}
+    nameless = []
+    for path in files:
+        splits = _splits_of(path.relative_to(root))
+        if len(splits) > 1:
+            raise DataError(f"{path} must name one split, and it names {', '.join(sorted(splits))}")
+        for name in splits:
+            named.setdefault(name, []).append(path)
+        if not splits:
+            nameless.append(path)
+    if not named and split is None:
         return files
-    chosen = _chosen_split(root, sorted(set(names.values())), split)
-    return [path for path in files if names.get(path) == chosen]
+    if named and nameless:
+        name, (path, *_) = next(iter(named.items()))
+        raise DataError(
+            f"the files of {root} must all name their split or none, got "
+            f"{path.relative_to(root)} of {name}, and without one "
+            f"{_some([str(path.relative_to(root)) for path in nameless])}: move them apart"
+        )
+    return named[_chosen_split(root, sorted(named), split)]
+
+
+def _splits_of(path: Path) -> set[str]:
+    """What a file in a folder names as its split: nothing, one, or several that cannot all be.
+
+    That is NAME of NAME-00000-of-00004, as the hub writes it (with -HASH behind), or one of
+    `_SPLITS` by a word of the path.
+    """
+    folders, shard = _words(str(path.parent)), _SHARD.fullmatch(path.stem)
+    if shard and folders <= _words(shard[1]):
+        return {shard[1]}
+    return folders | _words(path.stem)
+
+
+def _words(text: str) -> set[str]:
+    """The splits that words of a text name."""
+    words = set(re.split(r"[-._ /\d]+", text.lower()))
+    return {split for split, names in _SPLITS.items() if words.intersection(names)}
 
 
 def _chosen_split(root: Path, splits: Sequence[str], split: str | None) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..files import write_picture
 from .config import PreferenceConfig
-from .files import write_image
 from .models import Model, pipeline_class
 
 
@@ -119,10 +119,13 @@ def keep_images(accelerator: Any, config: PreferenceConfig, images: Any, step: i
     count = config.num_validation_images
     captions = [prompt for prompt in config.validation_prompts for _ in range(count)]
     if accelerator.is_main_process:
+        from PIL import Image
+
         folder = Path(config.output_dir) / "validation"
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
-            write_image(folder / f"{step:06d}-{number // count}-{number % count}.png", image)
+            path = folder / f"{step:06d}-{number // count}-{number % count}.png"
+            write_picture(path, Image.fromarray(image))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", images, step, dataformats="NHWC")

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +12,10 @@ from inpo_fast import evaluation, shipped
 from inpo_fast.cli import main
 from inpo_fast.evaluation import command, scorers
 from inpo_fast.evaluation.compare import Comparison
+from inpo_fast.evaluation.models import Parts
+from inpo_fast.training import PreferenceConfig, weights
+from inpo_fast.training.artefacts import CONFIG
+from inpo_fast.training.checkpoint import STATE
 
 PROMPTS = shipped.held_out_prompts(2)
 PROMPTS_FILE = "\n\n".join(PROMPTS).encode()
@@ -205,7 +208,7 @@ def test_the_command_overwrites_nothing_unasked(tmp_path, trained, capsys, monke
     def drawn(*_, **__):
         raise OSError("drawn")
 
-    monkeypatch.setattr(command, "load_pipeline", drawn)
+    monkeypatch.setattr(Parts, "load", drawn)
     (tmp_path / "images").mkdir()
     for flags in ((), ("--overwrite",)):
         assert run(tmp_path, trained, *flags) == 1
@@ -225,10 +228,104 @@ def test_the_command_overwrites_nothing_unasked(tmp_path, trained, capsys, monke
     assert (tmp_path / "eval.json").read_text() == "mine"
 
 
-def test_the_command_refuses_what_is_no_model(tmp_path, trained, capsys):
-    shutil.rmtree(trained / "unet")
-    assert run(tmp_path, trained) == 1
-    assert "must hold pytorch_lora_weights.safetensors, unet/" in capsys.readouterr().err
+def test_what_is_no_model_is_refused_before_anything_is_loaded(
+    tmp_path, trained, capsys, monkeypatch
+):
+    def loaded(*_, **__):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(Parts, "load", loaded)
+    monkeypatch.setattr(command, "make_scorer", loaded)
+    (tmp_path / "empty").mkdir()
+    for candidate, *more in (
+        (tmp_path / "empty",),
+        (trained, "--baseline", str(tmp_path / "empty")),
+        (trained, "--baseline", str(tmp_path / "none")),
+    ):
+        assert run(tmp_path, candidate, *more) == 1
+        wrong = more[-1] if more else candidate
+        expected = f"inpo-fast eval: {wrong} must hold pytorch_lora_weights.safetensors, unet/"
+        assert capsys.readouterr().err.startswith(expected)
+    none = str(tmp_path / "none")
+    assert run(tmp_path, trained, "--pretrained_model_name_or_path", none) == 1
+    assert none in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_base_on_the_hub_is_hashed_when_it_is_there(tmp_path, trained, monkeypatch):
+    import huggingface_hub
+    from diffusers import DiffusionPipeline
+
+    here, fetched = str(shipped.model_path()), set()
+    load, load_config = DiffusionPipeline.from_pretrained, DiffusionPipeline.load_config
+
+    def from_hub(name, **options):
+        fetched.add(name)
+        return load(here, **options)
+
+    def cached(name, *, local_files_only):
+        if name not in fetched:
+            raise FileNotFoundError(f"{name} is not in the cache")
+        return here
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_hub)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda _: load_config(here))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    flags = ["--num_seeds", "1", "--num_inference_steps", "1"]
+    assert run(tmp_path, trained, "--pretrained_model_name_or_path", "owner/base", *flags) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert found["candidate"]["base"] == "owner/base"
+    assert found["baseline"]["sha256"] == Parts.find(here, None).fingerprint()
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A folder with a LoRA for the shipped model, as any tool writes one."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    unet = UNet2DConditionModel.from_pretrained(shipped.model_path(), subfolder="unet")
+    unet.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=["to_q"]))
+    state = unet.state_dict()
+    weights.save_lora(tmp_path / "lora", "StableDiffusionPipeline", "unet", unet, state)
+    return tmp_path / "lora"
+
+
+def remember(folder, kind, **settings):
+    """Write what a training says about itself."""
+    config = PreferenceConfig(rank=1, **settings).to_dict()
+    (folder / kind).write_text(json.dumps({"config": config} if kind == STATE else config))
+
+
+@pytest.mark.parametrize("kind", [CONFIG, STATE])
+def test_a_lora_is_drawn_on_the_denoiser_that_it_was_trained_on(tmp_path, trained, lora, kind):
+    def drawn_with():
+        parts = Parts.find(str(shipped.model_path()), str(lora))
+        unet = parts.load(dtype=torch.float32, device="cpu").unet
+        assert unet.peft_config
+        return parts.fingerprint(), unet.conv_out.weight
+
+    base = shipped.load_pipeline().unet.conv_out.weight
+    hashes, weight = drawn_with()
+    assert torch.equal(weight, base)
+    remember(lora, kind)
+    assert torch.equal(drawn_with()[1], base)
+    for place, start in (("unet", trained), (".", trained / "unet")):
+        remember(lora, kind, unet_init=str(start))
+        now, weight = drawn_with()
+        assert torch.equal(weight, base / 2), place
+        extra = now.keys() - hashes.keys()
+        assert extra == {"unet_init/diffusion_pytorch_model.safetensors"}
+
+
+def test_a_lora_whose_denoiser_cannot_be_had_is_refused(tmp_path, lora, capsys):
+    remember(lora, CONFIG, unet_init=str(tmp_path / "gone"))
+    assert run(tmp_path, lora) == 1
+    error = capsys.readouterr().err
+    assert f"the LoRA in {lora} was trained on the denoiser unet_init={tmp_path}/gone, whi" in error
+    (lora / CONFIG).write_text("{")
+    assert run(tmp_path, lora) == 1
+    assert f"{CONFIG} cannot be read: " in capsys.readouterr().err
 
 
 def test_prompts_that_a_scorer_cannot_judge_are_refused_before_anything_is_drawn(
@@ -245,7 +342,7 @@ def test_prompts_that_a_scorer_cannot_judge_are_refused_before_anything_is_drawn
     with pytest.raises(AssertionError, match="a model was loaded"):
         evaluation.compare(drawn, drawn, settings, scorers)
 
-    monkeypatch.setattr(command, "load_pipeline", drawn)
+    monkeypatch.setattr(Parts, "load", drawn)
     assert run(tmp_path, shipped.model_path(), prompts=b"a cat\n") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "scorer attributes cannot judge" in line and "'a cat'" in line

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import inpo_fast
 from inpo_fast import cli, invert, shipped
-from inpo_fast.evaluation.models import load_pipeline
+from inpo_fast.evaluation.models import Parts
 from inpo_fast.pipelines import edit_command, invert_command, loading
 
 STEPS = 20
@@ -108,6 +109,45 @@ def test_commands(scene, picture, tmp_path, capsys):
     assert "in float32, which the pipeline has in bfloat16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("full", ["inversion", "picture"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(
+    full, picture, tmp_path, capsys, monkeypatch
+):
+    def no_space(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    def no_room(image, file, **_):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    pixels = (picture[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "scene.png")
+    written = tmp_path / "scene.safetensors"
+    invert_it = ["invert", str(tmp_path / "scene.png"), "--steps", "2", "--output", str(written)]
+    edit_it = ["edit", str(written), "--prompt", "a", "--output", str(tmp_path / "edited.png")]
+    assert cli.main(invert_it) == 0 and cli.main(edit_it) == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert len(before) == 3
+    capsys.readouterr()
+    if full == "inversion":
+        monkeypatch.setattr("safetensors.torch.save_file", no_space)
+        commands = [invert_it]
+    else:
+        monkeypatch.setattr(Image.Image, "save", no_room)
+        written.unlink()
+        # the first leaves the inversion, which comes before its picture
+        commands = [invert_it, edit_it]
+    for command in commands:
+        assert cli.main([*command, "--overwrite"]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"inpo-fast {command[0]}: ") and "No space left" in line
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.png")} == before
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in before} | {
+        written.name
+    }
+
+
 def test_commands_load_pipelines_that_were_saved_with_a_scheduler_of_this_package(
     tmp_path, monkeypatch
 ):
@@ -116,7 +156,7 @@ def test_commands_load_pipelines_that_were_saved_with_a_scheduler_of_this_packag
     pipe.save_pretrained(tmp_path)
     for load in (
         lambda: loading.load(Namespace(model=str(tmp_path), device="cpu", dtype="float32")),
-        lambda: load_pipeline(str(tmp_path), None, dtype=torch.float32, device="cpu"),
+        lambda: Parts.find(str(tmp_path), None).load(dtype=torch.float32, device="cpu"),
     ):
         # as in a process that has not used them; what is imported here goes with the rest
         monkeypatch.setattr(inpo_fast, "schedulers", inpo_fast.schedulers)

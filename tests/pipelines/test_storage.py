@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import inpo_fast.state
 from inpo_fast import SOLVERS, Inversion, invert
-from inpo_fast.state import read_safetensors
+from inpo_fast.files import read_tensors
 from tests.pipelines import tiny
 
 
@@ -53,7 +53,7 @@ def test_products_of_what_is_read_are_rounded_as_before(tmp_path):
     inversion = invert(pipe, tiny.images(2), ["a cat", "a dog"], num_inference_steps=2)
     inversion.save(tmp_path / "flux")
     assert Inversion.load(tmp_path / "flux", pipe).reconstruct(output_type="latent").bits_equal
-    tensors, _ = read_safetensors(tmp_path / "flux")
+    tensors, _ = read_tensors(tmp_path / "flux")
     assert {tensor.data_ptr() % 64 for tensor in tensors.values()} == {0}
 
 

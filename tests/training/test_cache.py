@@ -357,6 +357,12 @@ def test_folders_that_are_no_cache(source, sd, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match=r"mine is neither empty nor a cache: it has no key.json"):
         writer(tmp_path / "mine", source, sd)
+    file = tmp_path / "mine" / "thesis.txt"
+    with pytest.raises(DataError, match=r"thesis\.txt is a file; name a folder to write to"):
+        writer(file, source, sd)
+    with pytest.raises(DataError, match=r"the folder .*thesis\.txt/c cannot be made: .*Not a dir"):
+        writer(file / "c", source, sd)
+    assert file.read_text() == "years of work"
     for folder in ("mine", "none"):
         with pytest.raises(DataError, match=f"{folder} is no cache: it has no key.json"):
             CachedPairs(tmp_path / folder)
@@ -390,6 +396,14 @@ def test_values_that_are_not_finite_stop_the_cache_and_name_the_pair(
     # the pairs before it are kept
     assert len(list((tmp_path / "c").glob("shard-*.safetensors"))) == 3
     assert not (tmp_path / "c" / "index.json").exists()
+
+
+@pytest.mark.parametrize("command", ["cache", "validate-data"])
+def test_fewer_processes_than_none(command, capsys):
+    needed = ["--model", "model", "--output", "c"] if command == "cache" else []
+    with pytest.raises(SystemExit):
+        cli.main([command, "pairs", *needed, "--num_workers", "-1"])
+    assert "argument --num_workers: must be at least 0, got -1" in capsys.readouterr().err
 
 
 def test_nothing_usable(sd, tmp_path):

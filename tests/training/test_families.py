@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from inpo_fast.training.families import FAMILIES, Conditioning, schedule_of
+from inpo_fast.training import ConfigError
+from inpo_fast.training.families import FAMILIES, Conditioning
 from inpo_fast.training.models import load_model
 
 from . import tiny
@@ -72,16 +73,23 @@ def test_a_denoiser_is_called_as_its_pipeline_calls_it(family, tmp_path):
     assert torch.allclose(again, expected, rtol=1e-4, atol=1e-5) == (family != "FluxPipeline")
 
 
-@pytest.mark.parametrize("resolution", [None, 64])
-def test_flux_is_trained_on_the_levels_that_its_pipeline_draws_with(resolution, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        # the model's own resolution is 1024
+        ({}, 64**2),
+        ({"resolution": 64}, 4**2),
+        ({"aspect_ratio_buckets": "64,64"}, 4**2),
+        ({"aspect_ratio_buckets": "64,256;128,128", "resolution": 512}, 8**2),
+    ],
+)
+def test_flux_is_trained_on_the_levels_that_its_pipeline_draws_with(settings, tokens, tmp_path):
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     folder = tiny.save_pipeline(tmp_path / "model", "FluxPipeline", base_shift=0.4, max_shift=1.2)
     scheduler = tiny.load_pipeline(folder).scheduler
-    config = tiny.config(folder, tmp_path / "out", rank=2, resolution=resolution)
+    config = tiny.config(folder, tmp_path / "out", rank=2, **settings)
     found = load_model(config, None, torch.float32).schedule
-    # the model's own resolution is 1024
-    tokens = ((resolution or 1024) // 16) ** 2
     known = scheduler.config
     mu = calculate_shift(
         *(tokens, known.base_image_seq_len, known.max_image_seq_len),
@@ -93,4 +101,17 @@ def test_flux_is_trained_on_the_levels_that_its_pipeline_draws_with(resolution, 
     assert np.allclose(found.sigma[1:], scheduler.sigmas[:-1].numpy()[::-1], rtol=1e-6)
     assert np.allclose(found.timesteps[1:], scheduler.timesteps.numpy()[::-1], rtol=1e-6)
     assert np.allclose(found.alpha, 1 - found.sigma)
-    assert np.allclose(schedule_of(scheduler, tokens).sigma, found.sigma)
+
+
+def test_buckets_of_several_areas_have_no_one_shift(tmp_path):
+    buckets = {"aspect_ratio_buckets": "64,64;64,128", "rank": 2}
+    folder = tiny.save_pipeline(tmp_path / "flux", "FluxPipeline")
+    message = (
+        r"FlowMatchEulerDiscreteScheduler shifts .* aspect_ratio_buckets must all have one area, "
+        r"got 64,64 \(16 tokens\); 64,128 \(32 tokens\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_model(tiny.config(folder, tmp_path / "out", **buckets), None, torch.float32)
+    # a shift that is always the same does not mind
+    folder = tiny.save_pipeline(tmp_path / "sd3", "StableDiffusion3Pipeline")
+    load_model(tiny.config(folder, tmp_path / "out", **buckets), None, torch.float32)

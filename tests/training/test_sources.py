@@ -199,6 +199,66 @@ def test_splits_must_be_chosen(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        # as the hub names the files that it converts, and as Pick-a-Pic's splits are called
+        (("train-00000-of-00002-f8f7a3.parquet", "train-00001-of-00002-7ab1.parquet"), "train"),
+        (("test_unique-00000-of-00001-f8.parquet", "test-00000-of-00001-7a.parquet"), "test"),
+        (("train.parquet", "test.parquet", "validation.parquet"), "validation"),
+        (("pairs_training.parquet", "pairs.dev.parquet", "eval2.parquet"), "validation"),
+        (("train/0.parquet", "train/1.parquet", "test/0.parquet"), "train"),
+        (("dev/part-00000-of-00001.parquet", "test/part-00000-of-00001.parquet"), "validation"),
+        (("training_pairs.parquet",), "train"),
+    ],
+)
+def test_splits_have_the_names_that_datasets_reads(names, split, tmp_path):
+    for row, name in zip(ROWS, names, strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        samples.write_parquet(tmp_path / name, [row])
+    theirs = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path.with_name("cache")))
+    found = records(open_source(tmp_path, split=split))
+    # names in data/ only are those of splits there
+    if "_unique" not in names[0]:
+        assert [row["caption"] for row in found] == list(theirs[split]["caption"])
+    if len(found) == len(names):
+        assert records(open_source(tmp_path)) == found
+    else:
+        with pytest.raises(DataError, match=rf"split must be one of .*{split}.*, got None"):
+            open_source(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("tests", "trained"), ("0001", "latest")])
+def test_files_that_name_no_split_are_one_data_set(names, tmp_path):
+    for row, name in zip(ROWS, names, strict=False):
+        samples.write_parquet(tmp_path / f"{name}.parquet", [row])
+    assert records(open_source(tmp_path)) == ROWS[:2]
+    with pytest.raises(DataError, match=r"split must be one of none in .*, got train"):
+        open_source(tmp_path, split="train")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("train-00000-of-00001", "more", "others"),
+            r"must all name their split or none, got train-00000-of-00001\.parquet of train, and "
+            r"without one more\.parquet, others\.parquet",
+        ),
+        (("test", "pairs"), r"got test\.parquet of test, and without one pairs\.parquet"),
+        (("train_and_test",), r"train_and_test\.parquet must name one split, .* test, train"),
+        (("test/train",), r"test/train\.parquet must name one split, and it names test, train"),
+    ],
+)
+def test_no_file_is_left_out_in_silence(names, message, tmp_path):
+    for row, name in zip(ROWS, names, strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        samples.write_parquet(tmp_path / f"{name}.parquet", [row])
+    for split in (None, "train"):
+        with pytest.raises(DataError, match=message):
+            open_source(tmp_path, split=split)
+
+
+@pytest.mark.parametrize(
     ("prepare", "message"),
     [
         (lambda folder: folder / "none", "must be a file, a folder or a data set's name"),
