@@ -124,8 +124,15 @@ INPO_INLINE uint64_t join_buffer(const Halves& x, const Divisor& v, double digit
   return kSmall ? low : (to_bits(x.high * v.value) << 32) + low;
 }
 
-// Scales (z, buffer) by p/q <= 1 and returns the new z. |z| <= 2^34; inpo_fast/lattice.py has the
-// equations.
+// How far from 0 what an inverse scales by n/d may be: kScaledBound, times floor(d/n) if that is
+// more. For n and d up to 2^16 their quotient is an integer or 2^-16 away from one.
+INPO_INLINE double scaled_bound(const Divisor& n, const Divisor& d) {
+  const double times = from_int32(static_cast<int32_t>(d.value * n.inverse + 0x1p-18));
+  return kScaledBound * (times > 1.0 ? times : 1.0);
+}
+
+// Scales (z, buffer) by p/q <= 1 and returns the new z. |z| p <= 2^34 q; inpo_fast/lattice.py has
+// the equations.
 template <bool kSmall = false>
 INPO_INLINE double contract(double z, uint64_t& buffer, const Divisor& p, const Divisor& q) {
   double digit, rest;
@@ -140,7 +147,7 @@ INPO_INLINE double contract(double z, uint64_t& buffer, const Divisor& p, const 
   return carry ? quotient + 1.0 : quotient;
 }
 
-// Scales (z, buffer) by q/p >= 1: the inverse of contract.
+// Scales (z, buffer) by q/p >= 1, |z| <= 2^34: the inverse of contract.
 template <bool kSmall = false>
 INPO_INLINE double expand(double z, uint64_t& buffer, const Divisor& p, const Divisor& q) {
   double digit, rest;

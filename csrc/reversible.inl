@@ -125,6 +125,7 @@ inline void scaled_tile(const Divisor& n, const Divisor& d, const int32_t* z, co
                         const double* q, int64_t size, Flag& out_of_range, int32_t* out,
                         int64_t* buffer_out) {
   Flag bad = 0;
+  const double bound = scaled_bound(n, d);
   // In place, z is out and buffer is buffer_out: element by element, so nothing is carried.
   INPO_INDEPENDENT
   for (int64_t i = 0; i < size; ++i) {
@@ -133,7 +134,7 @@ inline void scaled_tile(const Divisor& n, const Divisor& d, const int32_t* z, co
     double value = from_int32(z[i]);
     if (kInverse) {
       const double whole = value - delta;
-      value = clamp(whole, -kScaledBound, kScaledBound);
+      value = clamp(whole, -bound, bound);
       bad |= value == whole ? 0 : 1;
     }
     const double scaled = kContract ? contract(value, kept, n, d) : expand(value, kept, d, n);

@@ -187,6 +187,21 @@ def test_round_trip_over_fifty_steps(solver, impl):
     assert back.equal(start)
 
 
+@pytest.mark.filterwarnings("ignore::inpo_fast.AmplificationWarning")
+@pytest.mark.parametrize("direction", ["sample", "invert"])
+def test_tracks_that_are_scaled_far_outside_the_lattice_come_back(direction):
+    """O-BELM on steps of 1 and 48 multiplies by 2^16, and the increment brings that back."""
+    given = [999, 998, 950, 900, 700, 400, 100, 1]
+    grid = NoiseSchedule.from_alphas_cumprod(TABLE, timesteps=given)
+    program = obelm(grid, direction=direction)
+    assert max(update.a for update in program.updates) > 2**10
+    scale = 1.0 if direction == "sample" else 0.2
+    there = Sampler(lambda x, t: x.tanh() / 10, program)
+    back = Sampler(lambda x, t: x.tanh() / 10, program.inverse())
+    z = scale * image()
+    assert back.run(there.run(z)).equal(there.start(z))
+
+
 @solvers
 def test_edited_and_undone(solver):
     """Back with another condition, and that run undone again: the buffers carry it all."""

@@ -144,6 +144,7 @@ struct LatticeScaled : Lattice<M, kInverse, kOutputs> {
   struct Row {
     Coefficients coef;
     Divisor n, d;
+    double bound;
   };
 
   template <int N>
@@ -154,7 +155,8 @@ struct LatticeScaled : Lattice<M, kInverse, kOutputs> {
 
   __device__ Row row(int64_t r) const {
     const int64_t* ratio = arguments.ratio + (arguments.ratio_by_sample ? 4 * r : 0);
-    return {Base::row(r), Divisor(ratio[kInverse ? 1 : 0]), Divisor(ratio[kInverse ? 0 : 1])};
+    const Divisor n(ratio[kInverse ? 1 : 0]), d(ratio[kInverse ? 0 : 1]);
+    return {Base::row(r), n, d, gpu::scaled_bound(n, d)};
   }
 
   template <int N>
@@ -187,7 +189,7 @@ struct LatticeScaled : Lattice<M, kInverse, kOutputs> {
       double value = gpu::from_int32(o.plain.z.lane[k]);
       if (kInverse) {
         const double whole = value - delta;
-        value = gpu::clamp(whole, -kScaledBound, kScaledBound);
+        value = gpu::clamp(whole, -row.bound, row.bound);
         out_of_range |= value == whole ? 0 : 1;
       }
       uint64_t kept = static_cast<uint64_t>(o.buffer.lane[k]);

@@ -17,8 +17,9 @@ from inpo_fast.ops.status import STATUS_NONFINITE, STATUS_RANGE
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
-# Bounds that keep int64 (and float64) exact. An increment beyond 2^50 always ends outside int32;
-# what an inverse is to scale is out of range beyond 2^34, before it is multiplied by up to 2^16.
+# Bounds that keep int64 (and float64) exact. An increment beyond 2^50 always ends outside int32.
+# What an inverse is to scale by p/q is out of range beyond 2^34, or beyond 2^34 floor(q/p) if that
+# is more: an update that multiplied by q/p had up to 2^31 q/p there. Times p that is within 2^50.
 INCREMENT_BOUND = 2**50
 SCALED_BOUND = 2**34
 
@@ -216,7 +217,8 @@ def _lattice_scaled(
     q = _lattice_increment(y, m1, m2, coef, frac_bits, status)  # [B, ...]
     if inverse:
         whole = z.to(torch.int64) - q
-        inside = whole.clamp(-SCALED_BOUND, SCALED_BOUND)
+        bound = SCALED_BOUND * torch.div(n, d, rounding_mode="floor").clamp(min=1)
+        inside = whole.clamp(-bound, bound)
         _flag(status, STATUS_RANGE, inside != whole)
         return _scale(inside, buffer, d, n)
     scaled, buffer = _scale(z.to(torch.int64), buffer, n, d)

@@ -187,7 +187,7 @@ def _divide(x, v, multiplier):
 
 @triton.jit
 def _contract(z, buffer, p, q, mul_p, mul_q):
-    """Scale (z, buffer) by p/q <= 1, |z| <= 2^34; see ``inpo_fast.lattice``."""
+    """Scale (z, buffer) by p/q <= 1, |z| p <= 2^34 q; see ``inpo_fast.lattice``."""
     high, digit = _divide(buffer, p, mul_p)
     # Shifted by a multiple of q, so that nothing is negative.
     quotient, rest = _divide(z * p + (q << 34), q, mul_q)
@@ -324,7 +324,8 @@ def _scaled_kernel(
     outside = lane < 0
     if INVERSE:
         whole = z - q
-        z = tl.minimum(tl.maximum(whole, -(1 << 34)), 1 << 34)
+        bound = tl.maximum(under // over, 1) << 34
+        z = tl.minimum(tl.maximum(whole, -bound), bound)
         outside = z != whole
     if over <= under:
         z, buffer = _contract(z, buffer, over, under, mul_over, mul_under)

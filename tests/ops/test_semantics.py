@@ -225,6 +225,26 @@ def test_scale_at_the_edges(impl, n, d, z):
             assert (back.item(), back_kept.item(), status.item()) == (z, b, 0)
 
 
+@pytest.mark.parametrize(
+    ("n", "d"), [(65536, 1), (65535, 1), (6493, 4), (9, 1), (40503, 5003), (65536, 65535), (1, 9)]
+)
+def test_what_an_increment_brings_back_from_outside_the_lattice_is_undone(impl, n, d):
+    """Z n/d may be up to 2^47, and the update ends inside all the same."""
+    rng = cases.generator(3)
+    # float32 rounds Z and 1 - n/d by up to 2^-24 of themselves, and their product is up to 2^47
+    far = 2**31 - 2**26
+    z = torch.randint(-far, far + 1, (1, 65), generator=rng, dtype=torch.int32)
+    z[0, :2] = torch.tensor([-far, far])
+    buffer = torch.randint(0, 2**30, z.shape, generator=rng)
+    ratio = torch.from_numpy(ratio_row(n, d))
+    coef = torch.tensor([1.0, 1 - n / d, 0.0, 0.0])
+    status = word()
+    there = ops.lattice_scaled_update(z, buffer, z, coef, ratio, status=status, impl=impl)
+    assert (there[0] - z).abs().max() < 2**26
+    back = ops.lattice_scaled_inverse(*there, z, coef, ratio, status=status, impl=impl)
+    assert torch.equal(back[0], z) and torch.equal(back[1], buffer) and status.item() == 0
+
+
 def test_encode_flags(impl):
     one = torch.ones(())
     for value, scale, stored, flag in (
