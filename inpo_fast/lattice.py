@@ -59,15 +59,16 @@ def lattice_range(frac_bits: int = DEFAULT_FRAC_BITS) -> float:
 def rational(value: float | Fraction) -> Fraction:
     """Return the best rational n/d to `value` with n and d in 1..2^16 (continued fractions).
 
-    The error is usually near 2^-32 and at worst 2^-17 (beside a simple fraction); 0.94 gives 47/50
-    exactly. A value too small for such a fraction gives 1/2^16, which can still be inverted.
+    The value may be a number of NumPy, too. The error is usually near 2^-32 and at worst 2^-17
+    (beside a simple fraction); 0.94 gives 47/50 exactly. A value too small for such a fraction
+    gives 1/2^16, which can still be inverted.
 
     Raises:
         ValueError: `value` is not in (0, 2^16].
     """
     if not 0 < value <= MAX_RATIO_TERM:
         raise ValueError(f"a must be in (0, {MAX_RATIO_TERM}], got {float(value)}")
-    exact = Fraction(value)
+    exact = Fraction(value.item() if isinstance(value, np.generic) else value)
     limit = MAX_RATIO_TERM if exact <= 1 else max(1, int(MAX_RATIO_TERM / exact))
     best = exact.limit_denominator(limit)
     return best if best else Fraction(1, MAX_RATIO_TERM)

@@ -413,6 +413,8 @@ class NoiseSchedule:
         scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(device="cpu", **options)
         grid = scheduler.sigmas.double().numpy()[::-1]
+        # the scheduler's float32 may round its largest σ to more than 1
+        grid = np.where((grid > 1) & (grid < 1 + 2**-20), 1.0, grid)
         return cls._from_flow_sigmas(grid, config.num_train_timesteps)
 
     @classmethod

@@ -38,6 +38,7 @@ def test_help_lists_every_command_and_imports_none(capsys, monkeypatch):
         (["nothing"], "invalid choice: 'nothing'"),
         (["env", "--nothing"], "inpo-fast env: error: unrecognized arguments: --nothing"),
         (["--nothing", "env"], "unrecognized arguments: --nothing"),
+        (["demo", "--seed", "-3"], "argument --seed: must be in [0, 2^31), got -3"),
     ],
 )
 def test_wrong_usage_is_one_error_line_and_status_2(arguments, message, capsys):

@@ -69,6 +69,13 @@ def test_rational_of_decimals(value, expected):
     assert str(rational(value)) == expected
 
 
+@pytest.mark.parametrize("value", [np.int64(3), np.float32(0.5), np.float64(0.94)])
+def test_rational_takes_numbers_of_numpy(value):
+    best = rational(value)
+    assert best == rational(value.item())
+    assert all(type(part) is int for part in best.as_integer_ratio())
+
+
 @pytest.mark.parametrize("value", [0, -1, 2**16 + 1])
 def test_rational_refuses(value):
     with pytest.raises(ValueError, match="a must be in"):

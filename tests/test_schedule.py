@@ -430,6 +430,14 @@ def test_a_flow_matching_scheduler(scheduler, mu, num_steps):
     assert schedule.kind == schedule.prediction_type == "flow"
 
 
+def test_a_flow_scheduler_whose_float32_begins_above_1():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.32)
+    scheduler.set_timesteps(4)
+    assert scheduler.sigmas[0] > 1
+    schedule = NoiseSchedule.from_diffusers(scheduler, 4)
+    assert (schedule.sigma[-1], schedule.alpha[-1]) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_is_the_schedule_of_the_paper_and_diffusers_ends_elsewhere(shift):
     """With sigmas s = i/N, shifted once: what pipelines pass as `sigmas`."""

@@ -58,7 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, help="of everything (default: %(default)s)"
+    )
+
+
+def _seed(text: str) -> int:
+    """A seed of which every part of the demo can take its own."""
+    number = int(text)
+    if not 0 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2^31), got {text}")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> int:

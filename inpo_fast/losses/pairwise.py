@@ -254,7 +254,7 @@ def inversion_dpo_loss(
         policy, reference, target: [2P·S, …], the S levels of a sample one after the other, all
             winners first. The target enters no gradient, only the errors that are reported.
         beta, beta_convention, reduction, impl: see `dpo_loss`.
-        alphas_cumprod: [2P·S] ᾱ_t of each row.
+        alphas_cumprod: [2P·S] ᾱ_t > 0 of each row.
         num_levels: S.
     """
     require_reference(reference)
@@ -305,11 +305,11 @@ def mapo_loss(
 
 
 def _odds(x: Tensor) -> Tensor:
-    """x/(e^x − 1), 1 at x = 0, [B]."""
-    # neither branch of the choice may divide by zero, or its gradient is NaN
+    """x/(e^x − 1) of x ≥ 0, 1 at x = 0, [B]."""
+    # neither branch of the choice may divide by zero, nor e^x overflow, or the gradient is NaN
     zero = x == 0
     safe = torch.where(zero, torch.ones_like(x), x)
-    return torch.where(zero, 1 - x / 2, safe / safe.expm1())
+    return torch.where(zero, 1 - x / 2, safe * (-safe).exp() / -(-safe).expm1())
 
 
 def _logits(

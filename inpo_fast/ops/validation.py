@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from inpo_fast.lattice import MAX_FRAC_BITS
 
@@ -186,7 +187,18 @@ def check_no_grad(reason: str, **tensors: Tensor | None) -> None:
 
 
 def requires_grad(*tensors: Tensor | None) -> bool:
-    """Say whether gradients are asked for. The arguments need not be checked before."""
+    """Say whether gradients are asked for. The arguments need not be checked before.
+
+    Raises:
+        NotImplementedError: derivatives in forward mode are, which no operator has.
+    """
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(
+                    "inpo_fast's operators have derivatives in reverse mode only: use "
+                    "torch.autograd, torch.func.grad or torch.func.vjp"
+                )
     if torch.is_grad_enabled():
         for tensor in tensors:
             if isinstance(tensor, Tensor) and tensor.requires_grad:

@@ -74,7 +74,13 @@ class Learner:
                 f"loss_type={config.loss_type} needs a model with a table of ᾱ, got a flow model"
             )
         alpha = torch.tensor(self.schedule.alpha[1:])
-        self._alphas_cumprod = alpha.square().float().to(accelerator.device)
+        table = alpha.square().float()
+        if "alphas_cumprod" in self.objective.inputs and not bool((table > 0).all()):
+            raise ConfigError(
+                f"loss_type={config.loss_type} divides by ᾱ, and the model's schedule ends at 0 "
+                "(rescale_betas_zero_snr)"
+            )
+        self._alphas_cumprod = table.to(accelerator.device)
         # made before anything is compiled or wrapped, counted when the shapes are known
         self._structure: nn.Module | None = on_meta(networks.policy)
         self._flops: tuple[int, int] | None = None

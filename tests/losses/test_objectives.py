@@ -345,6 +345,15 @@ def test_ties_of_the_accuracy_count_half():
     assert dpo_loss(policy, reference, target, beta=5.0).accuracy.item() == (0.5 + 0.5 + 1 + 0) / 4
 
 
+def test_mapo_at_a_hopeless_output():
+    """Where e^x is infinite in float32."""
+    policy, _, target = batch()
+    policy = (policy + 1e3).requires_grad_()
+    result = mapo_loss(policy, None, target, beta=0.1)
+    (gradient,) = torch.autograd.grad(result.loss, policy)
+    assert result.loss.isfinite() and gradient.isfinite().all()
+
+
 def test_mapo_at_a_perfect_output():
     policy, _, target = batch(dtype=torch.float64)
     policy[0] = target[0]

@@ -166,3 +166,17 @@ def test_a_refused_call_has_changed_nothing(impl):
         ops.affine_update_(x, x[:1], torch.ones(4), impl=impl)
     loss.backward()
     assert weight.grad == 6
+
+
+def test_forward_mode_is_refused(impl):
+    """Not answered with zeros."""
+    x = torch.randn(2, 3)
+    coef, scale = torch.tensor([0.5, 0.1, 0.2, 0.0]), torch.ones(())
+    calls = {
+        "affine": lambda t: ops.affine_update(t, x, coef, x, impl=impl),
+        "errors": lambda t: ops.preference_errors(t, x, x, impl=impl).e_theta,
+        "encode": lambda t: ops.lattice_encode(t, scale, status=ops.new_status(1)[0], impl=impl),
+    }
+    for call in calls.values():
+        with pytest.raises(NotImplementedError, match="reverse mode only"):
+            torch.func.jvp(call, (x,), (x,))

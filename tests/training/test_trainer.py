@@ -324,6 +324,14 @@ def test_inversion_dpo_is_told_the_levels_of_its_samples(model, tmp_path):
         assert torch.allclose(level, table[t], rtol=1e-6, atol=0)
 
 
+def test_inversion_dpo_divides_by_no_level_without_signal(tmp_path):
+    zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    model = tiny.save_pipeline(tmp_path / "model", **zero)
+    folder, _ = moved(tmp_path / "sft")
+    with pytest.raises(ConfigError, match="inversion-dpo divides by ᾱ"):
+        trainer(model, tmp_path / "out", loss_type="inversion-dpo", unet_init=str(folder))
+
+
 def moved(folder, component="unet", seed=1):
     """The tiny denoiser with other weights, as a folder or a pipeline's has it."""
     unet = tiny.unet()
