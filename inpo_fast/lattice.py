@@ -51,6 +51,8 @@ MAX_BUFFER = 2**46
 
 def lattice_range(frac_bits: int = DEFAULT_FRAC_BITS) -> float:
     """Return the bound R = 2^(31-K) of the values that the lattice holds: -R <= x < R."""
+    if type(frac_bits) is not int:
+        raise TypeError(f"frac_bits must be an int, got {frac_bits!r}")
     if not 1 <= frac_bits <= MAX_FRAC_BITS:
         raise ValueError(f"frac_bits must be in 1..{MAX_FRAC_BITS}, got {frac_bits}")
     return math.ldexp(1.0, 31 - frac_bits)

@@ -102,7 +102,7 @@ class Sampler:
                 )
         if impl not in get_args(ops.Impl):
             raise ValueError(f"impl must be one of {get_args(ops.Impl)}, got {impl!r}")
-        if compile not in (False, True, "graph"):
+        if not (isinstance(compile, bool) or compile == "graph"):
             raise ValueError(f"compile must be False, True or 'graph', got {compile!r}")
         self.model = model
         self.program = program

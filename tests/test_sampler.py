@@ -1088,8 +1088,11 @@ def test_a_compiled_model_is_exact_and_compiled_once_for_both_directions():
 
 def test_compile_is_checked():
     program = bdia(NoiseSchedule.from_alphas_cumprod(TABLE, 3))
-    with pytest.raises(ValueError, match="compile must be False, True or 'graph', got 'blocks'"):
-        Sampler(lambda sample, timestep: sample, program, compile="blocks")
+    for value in ("blocks", 1):
+        with pytest.raises(ValueError, match=f"compile must be False, True or .*, got {value!r}"):
+            Sampler(lambda sample, timestep: sample, program, compile=value)
+    with pytest.raises(TypeError, match=r"frac_bits must be an int, got 20\.0"):
+        Sampler(lambda sample, timestep: sample, program, frac_bits=20.0)
     sampler = Sampler(lambda sample, timestep: sample, program, compile="graph")
     with pytest.raises(ValueError, match="compile='graph' captures CUDA graphs and needs a GPU"):
         sampler.run(torch.randn(SHAPE))
