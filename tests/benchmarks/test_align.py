@@ -3,13 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import align, common
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return list(align.rows("cpu", True, ["inpo, 2 samples", "sft"]))
+    return list(align.rows("cpu", True, ["inpo, 2 samples", "sft"], processes=1))
 
 
 def test_rows_at_equal_steps_and_at_equal_time(rows):
@@ -88,7 +89,10 @@ def test_an_interrupt_leaves_equal_time_over_what_is_complete(monkeypatch, capsy
 
     monkeypatch.setattr(align, "Bench", Bench)
     cases = [
-        row.case for row in align.rows("cpu", True, ["sft", "inpo, bdia", "inpo", "diffusion-dpo"])
+        row.case
+        for row in align.rows(
+            *("cpu", True, ["sft", "inpo, bdia", "inpo", "diffusion-dpo"]), processes=1
+        )
     ]
     assert [name for name, _ in trained] == ["diffusion-dpo"] * 2 + ["inpo"] * 2 + [
         "inpo, bdia"
@@ -109,3 +113,23 @@ def test_curves_are_read_between_their_points():
 def test_unknown_methods_are_refused():
     with pytest.raises(SystemExit, match="--only takes"):
         list(align.rows("cpu", True, ["ppo"]))
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "processes"),
+    [("cpu", 1, 6), ("cpu", 4, 1), ("cpu", 8, 1), ("cuda", 1, 3)],
+)
+def test_as_many_trainings_as_there_is_room_for(monkeypatch, device, threads, processes):
+    class Asked(Exception):
+        pass
+
+    def benches(device, settings, processes):
+        raise Asked(processes)
+
+    monkeypatch.setattr(align, "benches", benches)
+    monkeypatch.setattr(align, "cores", lambda: 6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(Asked) as asked:
+        next(align.rows(device, True, ["sft"]))
+    assert asked.value.args == (processes,)
