@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..training.artefacts import CONFIG
+from ..training.artefacts import CONFIG, read_result
 from ..training.checkpoint import STATE, read_state
 from ..training.models import other_denoiser, subfolder_of
 from ..training.weights import LORA
@@ -121,10 +120,7 @@ def _start(folder: Path, component: str) -> str | None:
     """
     config: dict[str, Any] = {}
     if (folder / CONFIG).is_file():
-        try:
-            config = json.loads((folder / CONFIG).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+        config = read_result(folder)
     elif (folder / STATE).is_file():
         config = read_state(folder)["config"]
     start: str | None = config.get("unet_init")
