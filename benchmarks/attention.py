@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention, forward and backward, at the shapes of a training step: what its determinism costs.
 
-The trainer repeats its bits, so its attention is FlashAttention with a deterministic backward:
-that of cuDNN, torch's first choice on Hopper, adds in the order in which blocks finish. Here are
-both, cuDNN's forward with FlashAttention's backward, and the same forward with the backward of
-`attention_kernels`. Before it is timed, a backward must repeat its bits and be as near to float64
-as FlashAttention's. Rows named "tiles" try how the kernels are cut up.
+The trainer repeats its bits. cuDNN, torch's first choice on Hopper, does not: its backward adds in
+the order in which blocks finish. torch's own way out is FlashAttention, and the trainer's is the
+backward of `inpo_fast.training.attention_kernels`, after cuDNN's forward. Before it is timed, a
+backward must repeat its bits and be as near to float64 as FlashAttention's. Rows named "tiles" try
+how the kernels are cut up.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import attention_kernels as kernels
 from benchmarks.common import Row, captured, interleaved, median_us
 from inpo_fast.determinism import deterministic_gradients
-
-Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+from inpo_fast.training import attention_kernels as kernels
+from inpo_fast.training.attention import DeterministicAttention, output_and_logs
 
 
 class Shape(NamedTuple):
@@ -50,68 +48,18 @@ SHAPES: Mapping[str, Shape] = {
 """Micro-batches of 16 and 8 pairs."""
 QUICK = {"quick": Shape(1, 70, 70, 2, 40, 1), "quick, text": Shape(1, 40, 7, 2, 64, 1)}
 
-TILES: Mapping[int, tuple[list[tuple[int, int, int, int]], ...]] = {
+TILES: Mapping[int, tuple[tuple[str, ...], ...]] = {
     64: (
-        [(64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2)],
-        [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 32, 4, 4), (128, 64, 8, 2)],
+        ("64 64 4 3", "64 64 4 2", "64 64 8 3", "128 64 8 2", "128 64 4 2", "64 128 8 2"),
+        ("128 64 8 3", "128 64 8 2", "128 64 4 3", "64 64 4 2", "64 64 4 4", "64 128 4 2"),
     ),
     128: (
-        [(64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 1)],
-        [(64, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)],
+        ("32 64 4 2", "32 64 4 3", "64 64 4 2", "32 128 8 3"),
+        ("64 32 4 3", "64 32 4 2", "128 32 8 3", "64 64 4 2", "128 64 8 3"),
     ),
 }
-"""Of the kernel that owns keys, and of the one that owns queries, by the padded width of a head."""
-
-
-def flash_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [N, H, L, W], and the logs of sums of exponentials [N, H, L], by FlashAttention."""
-    op = torch.ops.aten
-    if query.is_cuda:
-        y, log, *_ = op._scaled_dot_product_flash_attention(query, key, value)
-    else:
-        y, log = op._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-    return y, log
-
-
-def cudnn_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by cuDNN."""
-    y, log, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
-    return y, log
-
-
-class Attention(torch.autograd.Function):
-    """Of query, key and value [N, L, H, W]: a forward of torch's, and the backward of the kernels
-    or, without a plan, FlashAttention's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        forward: Forward,
-        plan: kernels.Plan | None,
-    ) -> Tensor:
-        y, log = forward(*(x.transpose(1, 2) for x in (query, key, value)))
-        y, log = y.transpose(1, 2).contiguous(), log.reshape(log.shape[:3]).contiguous()
-        ctx.save_for_backward(query, key, value, y, log)
-        ctx.plan = plan
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, y, log = ctx.saved_tensors
-        if ctx.plan is not None:
-            given = (query, key, value, y, log, dy.contiguous())
-            return *kernels.backward(*given, ctx.plan), None, None
-        # of dropout, which there is not
-        seed, none = (torch.empty(n, dtype=torch.uint64, device=query.device) for n in (2, 0))
-        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            *(x.transpose(1, 2) for x in (dy, query, key, value, y)),
-            *(log, None, None, query.shape[1], key.shape[1], 0.0, False, seed, none),
-        )
-        return *(x.transpose(1, 2) for x in found), None, None
+"""Of the kernel that owns keys, and of the one that owns queries, by the padded width of a head:
+queries, keys, warps and stages."""
 
 
 def stock(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend) -> Tensor:
@@ -156,19 +104,17 @@ class Case:
         )
 
 
-def contenders(case: Case, plan: kernels.Plan, cuda: bool) -> dict[str, Callable[[], Any]]:
+def contenders(case: Case, cuda: bool) -> dict[str, Callable[[], Any]]:
     """Forward and backward, each by name. The deterministic ones must be called as such."""
-
-    def mixed(forward: Forward, plan: kernels.Plan | None) -> Callable[[], Any]:
-        return lambda: case.gradients(lambda *given: Attention.apply(*given, forward, plan))
 
     def torchs(backend: SDPBackend) -> Callable[[], Any]:
         return lambda: case.gradients(lambda *given: stock(*given, backend))
 
-    found = {"flash": torchs(SDPBackend.FLASH_ATTENTION), "ours": mixed(flash_forward, plan)}
+    found = {
+        "ours": lambda: case.gradients(DeterministicAttention.apply),
+        "flash": torchs(SDPBackend.FLASH_ATTENTION),
+    }
     if cuda:
-        found["ours"] = mixed(cudnn_forward, plan)
-        found["cuDNN forward, flash backward"] = mixed(cudnn_forward, None)
         found["cuDNN, bits not repeated"] = torchs(SDPBackend.CUDNN_ATTENTION)
     return found
 
@@ -187,7 +133,7 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
         assert plan is not None
         runs: dict[str, Callable[[], Any]] = {}
         errors: dict[str, float] = {}
-        for label, run in contenders(case, plan, cuda).items():
+        for label, run in contenders(case, cuda).items():
             free = "not repeated" in label
             try:
                 with contextlib.nullcontext() if free else deterministic_gradients():
@@ -229,24 +175,23 @@ def tiles(
 ) -> Iterator[Row]:
     """Yield rows of the backward alone with one kernel cut up in another way."""
     query, key, value = (x.detach() for x in case.given)
-    y, log = flash_forward(*(x.transpose(1, 2) for x in (query, key, value)))
-    given = (query, key, value, y.transpose(1, 2).contiguous(), log.contiguous(), case.dy)
+    given = (query, key, value, *output_and_logs(query, key, value), case.dy)
     dim = max(64, kernels.triton.next_power_of_2(query.shape[-1]))
-    shipped = kernels.backward(*given, plan)
+    shipped = kernels.backward(*given, plan=plan)
     for kernel, choices in zip(plan._fields, TILES[dim], strict=True):
         runs: dict[str, Callable[[], Any]] = {}
         for choice in choices:
-            tile = kernels.Tile(*choice)
-            run = functools.partial(kernels.backward, *given, plan._replace(**{kernel: tile}))
+            tile = kernels.Tile(*map(int, choice.split()))
+            run = functools.partial(kernels.backward, *given, plan=plan._replace(**{kernel: tile}))
             # other sums, rounded alike
             for found, expected in zip(run(), shipped, strict=True):
                 torch.testing.assert_close(
                     found, expected, rtol=2**-5, atol=2**-6 * float(expected.abs().max())
                 )
-            runs[str(choice)] = prepare(run)
+            runs[choice] = prepare(run)
         times = interleaved(runs, device=device, rounds=rounds, seconds=0.05)
         measured = {label: median_us(samples) for label, samples in times.items()}
-        mine = measured.pop(str(tuple(getattr(plan, kernel))))
+        mine = measured.pop(" ".join(map(str, getattr(plan, kernel))))
         best = min(measured, key=lambda label: measured[label])
         yield Row(
             case=f"{name}, tiles {kernel} (best other {best})",

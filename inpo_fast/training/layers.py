@@ -1,4 +1,4 @@
-"""A UNet's norms, gates and sums as fused kernels, in channels last.
+"""A UNet's norms, gates, sums and attention as fused kernels, in channels last.
 
 Under autocast torch computes a norm in float32, writes float32, reads it for the activation, writes
 that, and reads it again to round it for the next product. Here one kernel does it and rounds at the
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import layer_functions as functions
+from .attention import attention
 
 
 def fuse(model: nn.Module, *, channels_last: bool = True) -> int:
@@ -110,7 +111,7 @@ class FusedGEGLU(GEGLU):  # type: ignore[misc]
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
-    """diffusers' attention, without its division by a factor of 1."""
+    """diffusers' attention by `attention`, without its division by a factor of 1."""
 
     def forward(
         self,
@@ -126,10 +127,10 @@ class FusedAttention(Attention):  # type: ignore[misc]
             return y
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            projected.unflatten(-1, (self.heads, -1))
             for projected in (self.to_q(hidden_states), self.to_k(text), self.to_v(text))
         )
-        y = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        y = attention(query, key, value).flatten(2)
         for layer in self.to_out:
             y = layer(y)
         return y

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from inpo_fast.determinism import deterministic_gradients, reproducible_training
-from inpo_fast.training import layers
+from inpo_fast.training import attention, layers
 from tests.gpu.trainings import (
     assert_resumed_run_is_whole,
     assert_steps_do_not_wait,
@@ -91,6 +91,30 @@ def test_gate(dtype):
     x = torch.randn(2, 300, 40, generator=torch.Generator().manual_seed(0))
     gates = (layers.GEGLU(40, 160), layers.FusedGEGLU(40, 160))
     assert_as_accurate(*gates, x, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("width", [40, 64, 80, 128, 20])
+@pytest.mark.parametrize("keys", [300, 77, 1])
+def test_deterministic_attention(keys, width, dtype):
+    """Against float64, no worse than torch's own; by cuDNN's forward where it takes the shape."""
+    rng = torch.Generator("cuda").manual_seed(0)
+    shapes = [(2, tokens, 3, width) for tokens in (300, keys, keys, 300)]
+    given = [torch.randn(shape, generator=rng, device="cuda") for shape in shapes]
+
+    def gradients(dtype):
+        query, key, value, dy = (x.to(dtype).requires_grad_() for x in given)
+        y = attention.attention(query, key, value)
+        return [x.double() for x in (y, *torch.autograd.grad(y, (query, key, value), dy))]
+
+    with reproducible_training():
+        with deterministic_gradients():
+            mine, again = gradients(dtype), gradients(dtype)
+        theirs, truth = gradients(dtype), gradients(torch.float64)
+    assert all(map(torch.equal, mine, again))
+    for exact, their, my in zip(truth, theirs, mine, strict=True):
+        floor = torch.finfo(dtype).eps * exact.abs().max()
+        assert (my - exact).abs().max() <= 2 * (their - exact).abs().max() + floor
 
 
 def test_the_gradient_of_long_attention_repeats():

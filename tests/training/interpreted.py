@@ -10,12 +10,14 @@ import pytest
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.nn import functional
 
-from inpo_fast.training import PreferenceTrainer, layer_launch, layers, policy
+from inpo_fast.determinism import deterministic_gradients
+from inpo_fast.training import PreferenceTrainer, attention, layer_launch, layers, policy
 from tests.training import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -194,6 +196,38 @@ def test_free_u_writes_into_what_a_block_returns():
     # float32 in other orders of summation
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_deterministic_attention(monkeypatch):
+    """In the mode of a training, self and cross attention, against float64."""
+    launched = []
+    own = attention.kernels.backward
+    monkeypatch.setattr(
+        attention.kernels, "backward", lambda *given: launched.append(1) or own(*given)
+    )
+    torch.manual_seed(0)
+    stock = Attention(16, 12, heads=2, dim_head=8, out_bias=True)
+    layers.fuse(fused := copy.deepcopy(stock))
+    assert type(fused) is layers.FusedAttention
+    exact = copy.deepcopy(stock).double()
+    given = (image(3, 70, 16), image(3, 7, 12))
+
+    def call(module, x, text):
+        return module(x, text)
+
+    truth = gradients(exact, call, *(x.double() for x in given))
+    # not bfloat16, to which the interpreter truncates
+    with torch.autocast("cpu", torch.float16):
+        with deterministic_gradients():
+            mine, again = (gradients(copy.deepcopy(fused), call, *given) for _ in range(2))
+        assert launched == [1, 1]
+        theirs = gradients(stock, call, *given)
+    assert all(map(torch.equal, mine, again))
+    for exact_one, my, their in zip(truth, mine, theirs, strict=True):
+        # rounded at the same places, in sums of another order
+        scale = exact_one.abs().max()
+        assert (my - exact_one).abs().max() <= 2 * (their - exact_one).abs().max() + 2**-11 * scale
+        assert my.dtype == their.dtype
 
 
 def test_checkpointed_activations_give_the_same_gradients():
