@@ -2,7 +2,6 @@
 // The Python module inpo_fast._C: importing it loads the kernels; it tells how they were built.
 #include <pybind11/pybind11.h>
 
-#include <sstream>
 #include <string>
 
 #include "targets.h"
@@ -44,10 +43,8 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = compiler();
   info["flags"] = INPO_FAST_BUILD_FLAGS;
-  py::list architectures, devices;
-  std::istringstream words(INPO_FAST_CUDA_ARCHITECTURES);
-  for (std::string word; words >> word;) architectures.append(word);
-  info["cuda_architectures"] = architectures;
+  py::list devices;
+  info["cuda_architectures"] = py::str(INPO_FAST_CUDA_ARCHITECTURES).attr("split")();
   info["torch_version"] = INPO_FAST_TORCH_VERSION;
   info["torch_target_version"] = target_version();
   devices.append("cpu");

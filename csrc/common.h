@@ -12,11 +12,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,15 @@ namespace inpo_fast {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Python sees a RuntimeError. Not STD_TORCH_CHECK, which writes its message to a stream: where a
+// toolchain links parts of the C++ library into the extension, and torch has another copy of it,
+// the stream finds no locale and the process dies.
+[[noreturn]] inline void refuse(const std::string& message) { throw std::runtime_error(message); }
+
+inline void check(bool holds, const char* message) {
+  if (!holds) refuse(message);
+}
 
 // Elements that one thread takes at least. Below it a second thread costs more than it gains.
 constexpr int64_t kGrain = 32768;
@@ -71,19 +81,20 @@ inline Sink sink(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t)}; 
 // written. The Python functions leave tensors to them, and explain what they have refused.
 inline void check_device(const Tensor& t, const Device& device) {
   const Device own(t);
-  STD_TORCH_CHECK(own.type == device.type && own.index == device.index,
-                  "expected tensors on one device");
+  check(own.type == device.type && own.index == device.index, "expected tensors on one device");
 }
 
 inline void check_like(const Tensor& t, const Tensor& x, const Device& device) {
   check_device(t, device);
   const auto a = t.sizes(), b = x.sizes();
-  STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()),
-                  "expected tensors of one shape");
+  check(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()),
+        "expected tensors of one shape");
 }
 
 inline void check_dtype(const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(dtype_of(t) == dtype, "expected dtype ", torch::headeronly::toString(dtype));
+  if (dtype_of(t) != dtype) {
+    refuse(std::string("expected dtype ") + torch::headeronly::toString(dtype));
+  }
 }
 
 inline bool is_16bit(ScalarType dtype) {
@@ -92,9 +103,10 @@ inline bool is_16bit(ScalarType dtype) {
 
 inline void check_float(const Tensor& t, bool allow_double) {
   const ScalarType dtype = dtype_of(t);
-  STD_TORCH_CHECK(dtype == ScalarType::Float || is_16bit(dtype) ||
-                      (allow_double && dtype == ScalarType::Double),
-                  "unexpected dtype ", torch::headeronly::toString(dtype));
+  if (dtype != ScalarType::Float && !is_16bit(dtype) &&
+      !(allow_double && dtype == ScalarType::Double)) {
+    refuse(std::string("unexpected dtype ") + torch::headeronly::toString(dtype));
+  }
 }
 
 // Constants of shape [width] or [B, width] (width 1: [], [1] or [B]), made contiguous.
@@ -107,7 +119,9 @@ class Constants {
     const bool row = dim <= 1 && t.numel() == width;
     const bool rows = dim == columns + 1 && x.dim() > 0 && t.size(0) == x.size(0) &&
                       (columns == 0 || t.size(1) == width);
-    STD_TORCH_CHECK(row || rows, "constants must be one row of ", width, ", or one per sample");
+    if (!row && !rows) {
+      refuse("constants must be one row of " + std::to_string(width) + ", or one per sample");
+    }
     by_sample_ = rows && t.numel() != width;
   }
 
@@ -126,7 +140,7 @@ class Constants {
 inline int32_t* status_word(const Tensor& status, const Device& device) {
   check_device(status, device);
   check_dtype(status, ScalarType::Int);
-  STD_TORCH_CHECK(status.dim() == 1 && status.size(0) == 1, "status must have shape [1]");
+  check(status.dim() == 1 && status.size(0) == 1, "status must have shape [1]");
   return static_cast<int32_t*>(status.mutable_data_ptr());
 }
 
@@ -158,7 +172,7 @@ void on_device(const Device& device, const Launch& launch, const Run& run) {
     return;
   }
 #endif
-  STD_TORCH_CHECK(device.is_cpu(), "this build of inpo_fast._C has no kernels for this device");
+  check(device.is_cpu(), "this build of inpo_fast._C has no kernels for this device");
   run();
 }
 

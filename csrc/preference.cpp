@@ -23,7 +23,7 @@ namespace {
 void check_operands(const Tensor& theta, const OptionalTensor& ref, const Tensor& target,
                     const Device& device) {
   check_float(theta, true);
-  STD_TORCH_CHECK(theta.dim() > 0, "theta must have a batch dimension");
+  check(theta.dim() > 0, "theta must have a batch dimension");
   if (ref) {
     check_like(*ref, theta, device);
     check_dtype(*ref, dtype_of(theta));
@@ -101,8 +101,7 @@ Tensor preference_backward(Tensor theta, OptionalTensor ref, Tensor target, Tens
   const Tensor theta_flat = layout.input(theta), target_flat = layout.input(target);
   const OptionalTensor ref_flat = layout.input(ref);
   for (const Tensor* weight : {&a, &b}) {
-    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == theta.size(0),
-                    "expected one weight per sample");
+    check(weight->dim() == 1 && weight->size(0) == theta.size(0), "expected one weight per sample");
   }
   const Constants a_rows(a, theta, 1, device), b_rows(b, theta, 1, device);
   const Tensor out = layout.output(dtype_of(theta));

@@ -16,13 +16,13 @@ int64_t per_row(const Layout& layout, bool by_sample) {
 }
 
 LatticeUnit lattice_unit(int64_t frac_bits) {
-  STD_TORCH_CHECK(frac_bits >= 1 && frac_bits <= 30, "frac_bits must be in 1..30");
+  check(frac_bits >= 1 && frac_bits <= 30, "frac_bits must be in 1..30");
   return LatticeUnit(frac_bits);
 }
 
 void check_outputs(const OptionalTensor& m1, const OptionalTensor& m2, const Tensor& x,
                    const Device& device, bool allow_double) {
-  STD_TORCH_CHECK(m1.has_value() || !m2.has_value(), "m2 needs m1");
+  check(m1.has_value() || !m2.has_value(), "m2 needs m1");
   for (const OptionalTensor* m : {&m1, &m2}) {
     if (!m->has_value()) continue;
     check_like(**m, x, device);
@@ -187,8 +187,8 @@ void lattice_scaled_(Tensor z, Tensor buffer, Tensor y, OptionalTensor m1, Optio
 // --- Into and out of the lattice ---
 
 void check_scale(const Tensor& scale) {
-  STD_TORCH_CHECK(dtype_of(scale) == ScalarType::Float || dtype_of(scale) == ScalarType::Double,
-                  "scale must be float32 or float64");
+  check(dtype_of(scale) == ScalarType::Float || dtype_of(scale) == ScalarType::Double,
+        "scale must be float32 or float64");
 }
 
 Tensor lattice_encode(Tensor x, Tensor scale, int64_t frac_bits, Tensor status) {
@@ -213,7 +213,7 @@ Tensor lattice_decode(Tensor z, Tensor scale, int64_t frac_bits, int64_t copies,
   const Device device(z);
   check_dtype(z, ScalarType::Int);
   check_scale(scale);
-  STD_TORCH_CHECK(copies == 1 || (copies == 2 && z.dim() > 0), "copies must be 1 or 2");
+  check(copies == 1 || (copies == 2 && z.dim() > 0), "copies must be 1 or 2");
   const Constants scales(scale, z, 1, device);
   const Layout layout(z, device, scales.by_sample() || copies > 1);
   const Tensor z_flat = layout.input(z);
