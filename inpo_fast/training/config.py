@@ -177,9 +177,9 @@ class PreferenceConfig:
     )
     cuda_graphs: bool = _option(
         False,
-        "model calls without gradient (inversion, reference) as CUDA graphs, one for every size of "
-        "a batch: for a GPU that is faster than the host can launch kernels; takes their memory "
-        "for good",
+        "model calls (in a single process those with gradient, too) as CUDA graphs, captured for "
+        "every size of a batch: for a GPU that is faster than the host can launch kernels; takes "
+        "their memory for good",
     )
 
     checkpointing_steps: int = _option(500, "optimiser steps between checkpoints", free=True)

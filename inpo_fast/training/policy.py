@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops.choice import resolve
 from .config import ConfigError
@@ -159,6 +160,19 @@ def fuse_layers(model: nn.Module, device: torch.device, *, sharded: bool) -> Non
 
     if not fuse(model, channels_last=not sharded):
         raise ConfigError("fused_layers needs a UNet of diffusers, got a model without its blocks")
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep few activations of a diffusers model for its backward, which computes the others again.
+
+    Nothing in a forward is random, as dropout is off, so no generator's state is kept for the
+    second one. A CUDA graph could not read it.
+    """
+
+    def checkpointed(module: nn.Module, *given: Any) -> Any:
+        return checkpoint(module.__call__, *given, use_reentrant=False, preserve_rng_state=False)
+
+    model.enable_gradient_checkpointing(checkpointed)
 
 
 def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:

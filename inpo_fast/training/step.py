@@ -127,7 +127,7 @@ class Learner:
                     rounded.close()
                     left -= 1
                     with self._exchanging(last and left == 0), self._repeating():
-                        output = self._predict(self.networks.wrapped, call, told)
+                        output = self._learnable(call, told)
                         result = self._loss(output, call, told, batch)
                         loss = result.loss / (config.gradient_accumulation_steps * samples)
                         self.accelerator.backward(loss, gradient=poison(loss))
@@ -184,11 +184,27 @@ class Learner:
             output = self.family.predict(model, call.latents, call.timesteps, told)
         return output.float()
 
+    def _learnable(self, call: Call, told: Conditioning) -> Tensor:
+        """The policy's output at a call, whose backward adds to the gradients of its weights.
+
+        By graphs in a single process: in others the wrapper exchanges gradients in the backward.
+        """
+        single = self.accelerator.num_processes == 1
+        if self.graphs is None or not single or self.config.compile != "none":
+            return self._predict(self.networks.wrapped, call, told)
+        return self._graphed(self.graphs.learn, self.networks.policy, call, told)
+
     @torch.no_grad()
     def _infer(self, model: nn.Module, call: Call, told: Conditioning) -> Tensor:
-        """The same without gradient, as one graph where the config wants graphs."""
+        """A model's output without gradient."""
         if self.graphs is None:
             return self._predict(model, call, told)
+        return self._graphed(self.graphs.call, model, call, told)
+
+    def _graphed(
+        self, replay: Callable[..., Tensor], model: nn.Module, call: Call, told: Conditioning
+    ) -> Tensor:
+        """A model's output by a graph, which reads what it is given here and the weights."""
         names = sorted(told.text)
 
         def predict(latents: Tensor, timesteps: Tensor, *given: Tensor) -> Tensor:
@@ -201,7 +217,7 @@ class Learner:
 
         ids = () if told.time_ids is None else (told.time_ids,)
         text = (told.text[name] for name in names)
-        return self.graphs.call(model, predict, call.latents, call.timesteps, *text, *ids)
+        return replay(model, predict, call.latents, call.timesteps, *text, *ids)
 
     def _autocast(self, *, enabled: bool, keep: bool = True) -> torch.autocast:
         """Autocast to the dtype of model calls, which keeps rounded weights to its end or not."""

@@ -135,7 +135,7 @@ class PreferenceTrainer:
         networks = Networks(trained, trained, reference if needed else None)
         self.learner = Learner(config, accelerator, self.model, networks, self.dtype)
         if config.gradient_checkpointing:
-            self.model.denoiser.enable_gradient_checkpointing()
+            policy.checkpoint_activations(self.model.denoiser)
         sharded = accelerator.state.distributed_type == "FSDP"
         for module in (trained, networks.reference):
             if module is not None and config.fused_layers:

@@ -13,6 +13,7 @@ from inpo_fast.training.families import Conditioning
 from inpo_fast.training.trajectory import Call
 from tests.gpu.trainings import (
     assert_resumed_run_is_whole,
+    assert_same_bits,
     assert_steps_do_not_wait,
     trainer,
 )
@@ -64,12 +65,50 @@ def test_a_resumed_run_ends_with_the_same_bits(model, tmp_path, latents):
     assert_resumed_run_is_whole(model, tmp_path, latents=latents, **GRAPHED)
 
 
-def test_stock_layers_can_be_graphed(model, tmp_path):
-    settings = {"max_train_steps": 3, "learning_rate": 1e-4}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cuda_graphs": True},
+        {**GRAPHED, "gradient_accumulation_steps": 2, "samples_per_inversion": 2},
+        {**GRAPHED, "rank": 2, "mixed_precision": "fp16", "gradient_checkpointing": True},
+        {**GRAPHED, "gradient_checkpointing": True, "use_ema": True, "optimizer": "adafactor"},
+    ],
+)
+def test_graphs_change_no_bits(model, tmp_path, changes):
+    settings = {**changes, "max_train_steps": 3, "learning_rate": 1e-4, "lr_warmup_steps": 0}
     plain, graphed = (
-        trainer(model, tmp_path / str(graphs), cuda_graphs=graphs, **settings).train()
+        trainer(model, tmp_path / str(graphs), **{**settings, "cuda_graphs": graphs})
         for graphs in (False, True)
     )
+    logged, again = plain.train(), graphed.train()
     keys = ("loss", "margin_mean", "policy_winner", "reference_winner", "grad_norm")
     for key in keys:
-        assert [row[key] for row in graphed] == [row[key] for row in plain], key
+        assert [row[key] for row in again] == [row[key] for row in logged], key
+    assert logged[0]["grad_norm"] > 0
+    assert len(graphed.learner.graphs._learnable) == 1
+    assert_same_bits(graphed.policy.state_dict(), plain.policy.state_dict())
+
+
+def test_shapes_take_turns_in_one_step(model, tmp_path):
+    """Gradients of batches of two sizes, whose graphs share memory, add up to those without."""
+    run = trainer(model, tmp_path, **GRAPHED)
+    learner, device = run.learner, run.accelerator.device
+    batch = next(run.data.loader(run.order, device=device))
+    text = {name: torch.cat([value, value]) for name, value in batch.text.items()}
+
+    def gradients(outputs):
+        run.optimizer.zero_grad(set_to_none=True)
+        for count in (2, 1, 2, 1):
+            z = torch.randn(count, *batch.latents.shape[1:], device=device, generator=rng)
+            told = Conditioning({name: value[:count] for name, value in text.items()})
+            times = torch.tensor([7, 981][:count], device=device)
+            with learner._repeating():
+                outputs(Call(z, times, None, False), told).square().sum().backward()
+        return [p.grad.clone() for p in run.parameters]
+
+    with reproducible_training():
+        rng = torch.Generator(device).manual_seed(0)
+        plain = gradients(lambda *given: learner._predict(run.policy, *given))
+        for _ in range(2):
+            rng = torch.Generator(device).manual_seed(0)
+            assert all(map(torch.equal, gradients(learner._learnable), plain))

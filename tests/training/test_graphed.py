@@ -1,5 +1,7 @@
 """What is captured of a model call and replayed, where no GPU is: a graph that computes again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -79,6 +81,46 @@ def test_a_capture_that_fails_leaves_nothing(graphs):
 def test_nothing_is_kept_for_a_gradient(graphs):
     x = numbers(2).requires_grad_()
     assert not graphs.call("double", lambda x: 2 * x, x).requires_grad
+
+
+def test_gradients_go_on_in_the_same_memory():
+    """From none, from those of a batch without a graph, and from their own."""
+    model = torch.nn.Linear(2, 1)
+    frozen = model.bias.requires_grad_(False)
+    sums = graphed._Sums(model)
+    sums.hand_out()
+    own = model.weight.grad
+    assert frozen.grad is None and torch.equal(own, torch.zeros(1, 2))
+    own.add_(3)
+    sums.hand_out()
+    assert model.weight.grad is own and torch.equal(own, torch.full((1, 2), 3.0))
+    (had,) = sums.drop()
+    assert had is own and model.weight.grad is None
+    sums.hand_out()
+    assert model.weight.grad is own and torch.equal(own, torch.zeros(1, 2))
+    model.weight.grad = torch.full((1, 2), 5.0)
+    sums.hand_out()
+    assert model.weight.grad is own and torch.equal(own, torch.full((1, 2), 5.0))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("compile", ["none", "blocks"])
+def test_the_calls_with_gradient_that_have_graphs(alone, compile, graphs, tmp_path, monkeypatch):
+    """Not those of several processes, whose wrapper exchanges gradients, nor compiled ones."""
+    run = PreferenceTrainer(
+        tiny.config(tiny.save_pipeline(tmp_path / "model"), tmp_path / "out"), dataset=tiny.pairs()
+    )
+    learner = run.learner
+    learner.config = replace(learner.config, compile=compile)
+    monkeypatch.setattr(type(learner.accelerator), "num_processes", 1 if alone else 2)
+    learner.graphs = graphs
+    monkeypatch.setattr(graphs, "learn", lambda *given: "replayed")
+    monkeypatch.setattr(learner, "_predict", lambda model, *given: model)
+    batch = next(run.data.loader(run.order, device=torch.device("cpu")))
+    told = Conditioning(batch.text, None, None)
+    found = learner._learnable(Call(batch.latents, torch.zeros(4), None, False), told)
+    graphed_one = alone and compile == "none"
+    assert found is learner.networks.wrapped if not graphed_one else found == "replayed"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -544,12 +544,16 @@ class Calls:
     """In the place of graphs, which need a GPU."""
 
     def __init__(self):
-        self.names = []
+        self.names, self.learnt = [], []
 
     def call(self, name, function, *given):
         self.names.append(name)
         with torch.no_grad():
             return function(*(value.clone() for value in given))
+
+    def learn(self, model, function, *given):
+        self.learnt.append(model)
+        return function(*(value.clone() for value in given))
 
 
 @pytest.mark.parametrize(
@@ -581,6 +585,7 @@ def test_what_graphs_compute_is_what_the_calls_do(tmp_path, name, precision, ran
     assert set(graphs.names) == {inverting, reference}
     assert reference is run.learner.networks.reference
     assert (inverting is run.policy) == (precision == "no")
+    assert graphs.learnt == [run.policy] * 6
 
 
 def test_fused_layers_need_a_gpu(model, tmp_path):
