@@ -10,7 +10,8 @@ the same pair, timesteps and noise (the trainer with `latents="official"`).
 
 Cases for ``--only``: ``sd15`` and ``sdxl`` with fused layers; ``sdxl lora`` (peak memory at one
 pair); ``2 gpus`` (the trainer in two processes against one); ``sd15 compiled``, ``sdxl compiled``
-with compiled blocks in their place, which takes minutes more.
+with compiled blocks in their place, which takes minutes more; ``sd15 fastest``, ``sdxl fastest``
+with fused layers and graphs only.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ from inpo_fast.training.metrics import measured_peak
 from inpo_fast.training.step import Learner
 from inpo_fast.training.trajectory import Call
 
-CASES = ("sd15", "sdxl lora", "sdxl", "2 gpus", "sd15 compiled", "sdxl compiled")
+CASES = (
+    *("sd15", "sdxl lora", "sdxl", "2 gpus", "sd15 compiled", "sdxl compiled"),
+    *("sd15 fastest", "sdxl fastest"),
+)
 SPEEDUP = {"sd15": {1: 6.0, 4: 12.0}, "sdxl": {1: 3.0, 4: 5.0}}
 """Targets against the official step, by samples of an inversion."""
 MFU = {"sd15": 0.40, "sdxl": 0.55}
@@ -77,7 +81,7 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
     if unknown := set(only) - set(CASES):
         raise SystemExit(f"benchmarks: --only takes {', '.join(CASES)}, got {sorted(unknown)}")
     for case in CASES:
-        if only and case not in only:
+        if case not in only and (only or case.endswith("fastest")):
             continue
         if case == "2 gpus":
             yield from scaling_rows(device, quick)
@@ -105,34 +109,37 @@ def our_rows(
 ) -> Iterator[Row]:
     """Yield the trainer's rows against the official step."""
     trainer = training_loop.make_trainer(given, device)
-    ours = Ours(trainer, device, least)
-    stock: dict[int, Timed] = {}
-    for pairs in (1, given.pairs):
-        stock[pairs] = ours.timed(pairs, 1)
-        yield rate(f"{name}, stock layers, {pairs} pairs", stock[pairs], official=rival)
-    pairs = given.pairs
-    forwards = {count: ours.forward(count) for count in (1, pairs)}
+    ours, pairs, networks = Ours(trainer, device, least), given.pairs, trainer.learner.networks
     levers = Levers(name, ours, pairs)
-    gain = stock[1].sample / stock[pairs].sample
-    yield levers.row("micro-batches", gain, forwards[1] / forwards[pairs], samples=1)
+    all_levers = not name.endswith("fastest")
+    stock: dict[int, Timed] = {}
+    if all_levers:
+        for count in (1, pairs):
+            stock[count] = ours.timed(count, 1)
+            yield rate(f"{name}, stock layers, {count} pairs", stock[count], official=rival)
+        forwards = {count: ours.forward(count) for count in (1, pairs)}
+        gain = stock[1].sample / stock[pairs].sample
+        yield levers.row("micro-batches", gain, forwards[1] / forwards[pairs], samples=1)
 
     layers = "stock layers"  # on a CPU there are no others
     if name.endswith("compiled"):
         layers = "compiled blocks"
-        for module in (trainer.policy, trainer.learner.networks.reference):
-            policy.compile_model(module, "blocks", trainer.model.family.blocks)
+        networks.as_trained = True
+        for module in (trainer.policy, networks.reference):
+            same = module is networks.reference
+            policy.compile_model(module, "blocks", trainer.model.family.blocks, as_trained=same)
         trainer.learner.config = replace(trainer.learner.config, compile="blocks")
         seconds = first_seconds(ours, pairs)
         yield Row(f"{name}, first micro-step with compilation", "wall clock", "s", seconds, {}, {})
     elif device == "cuda":
         layers = "fused layers"
-        for module in (trainer.policy, trainer.learner.networks.reference):
+        for module in (trainer.policy, networks.reference):
             policy.fuse_layers(module, trainer.accelerator.device, sharded=False)
         # in the layout of the weights, as where the trainer makes them itself
         trainer.optimizer.state.clear()
         trainer.optimizer.zero_grad(set_to_none=True)
     forward = ours.forward(pairs)
-    if layers != "stock layers":
+    if layers != "stock layers" and all_levers:
         eager = ours.timed(pairs, 1)
         yield rate(f"{name}, {layers}, {pairs} pairs", eager, official=rival)
         gain = stock[pairs].sample / eager.sample
@@ -154,8 +161,9 @@ def our_rows(
             yield overhead(label, *ours.against_calls(pairs, samples))
     if device == "cuda" and given.xl:
         yield from unchecked_rows(f"{name}, {layers}", name, ours, rival, peak)
-    if device == "cuda":
+    if device == "cuda" and all_levers:
         yield levers.graphs(eager, best[1], forward, ours.forward(pairs))
+    if device == "cuda":
         free = ours.timed(pairs, 1, nondeterministic=True)
         yield rate(f"{name}, {layers}, {pairs} pairs, nondeterministic", free, official=rival)
     if name == "sd15":
@@ -164,9 +172,7 @@ def our_rows(
         yield levers.cache(best, given, device)
 
 
-def unchecked_rows(
-    case: str, name: str, ours: Ours, rival: Timed, peak: float
-) -> Iterator[Row]:
+def unchecked_rows(case: str, name: str, ours: Ours, rival: Timed, peak: float) -> Iterator[Row]:
     """Yield the rows without gradient checkpointing, with as many pairs as the memory allows."""
     ours.trainer.policy.disable_gradient_checkpointing()
     # those that were captured compute activations again
@@ -312,7 +318,7 @@ class Ours:
                 for _ in range(samples):
                     with learner._repeating():
                         output = learner._learnable(call, told)
-                        learner._infer(networks.reference, call, told)
+                        learner._refer(networks.reference, call, told)
                         output.backward(gradient)
 
         seconds: dict[Callable[[], None], list[float]] = {whole: [], alone: []}
@@ -372,8 +378,8 @@ class Levers:
         return self.ours.learner(samples).timesteps.mean_calls
 
     def graphs(self, eager: Timed, best: Timed, forward: float, graphed: float) -> Row:
-        """Predicted by what a call without gradient takes in both ways."""
-        calls = self.mean_depth(1) + 1  # and the reference
+        """Predicted by what a call without gradient takes in both ways; a backward is two."""
+        calls = self.mean_depth(1) + 4  # the reference, and the policy with its backward
         predicted = eager.sample / (eager.sample - calls * (forward - graphed))
         return self.row("CUDA graphs", eager.sample / best.sample, predicted, samples=1)
 

@@ -36,6 +36,7 @@ def _must_repeat(query: Tensor) -> bool:
     return (
         torch.are_deterministic_algorithms_enabled()
         and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0  # torch pads others for its kernels
         and kernels.plan_of(query.shape[-1]) is not None
         and functions.has_kernels(query)
     )
@@ -76,5 +77,5 @@ def output_and_logs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 
 def _prefers_cudnn(query: Tensor, key: Tensor) -> bool:
     """Whether torch itself would take cuDNN, did nothing have to repeat."""
-    fits = query.shape[-1] % 8 == 0 and min(query.shape[1], key.shape[1]) > 1
-    return fits and torch.cuda.get_device_capability(query.device)[0] in (9, 10)
+    several = min(query.shape[1], key.shape[1]) > 1
+    return several and torch.cuda.get_device_capability(query.device)[0] in (9, 10)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.choice import resolve
@@ -175,11 +176,16 @@ def checkpoint_activations(model: Any) -> None:
     model.enable_gradient_checkpointing(checkpointed)
 
 
-def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:
+def compile_model(
+    model: nn.Module, mode: str, blocks: Sequence[str], *, as_trained: bool = False
+) -> None:
     """Compile in place, so that no name of a weight changes.
 
     Args:
         mode: `full`, or `blocks`: only modules of the classes `blocks`, which share their graphs.
+        as_trained: let blocks without gradient be those of a model with it, of a copy of which
+            these are. They are fused and partitioned alike then, and round alike. What they keep
+            for a backward is dropped after every block.
 
     Raises:
         ConfigError: there is no such block.
@@ -198,3 +204,19 @@ def compile_model(model: nn.Module, mode: str, blocks: Sequence[str]) -> None:
         # compilation, they still agree; without it 16-bit outputs would differ by roundings,
         # which β magnifies.
         part.compile(dynamic=False, options={"emulate_precision_casts": True})
+    if as_trained and mode == "blocks":
+        model.requires_grad_(True)
+        for part in parts:
+            _drop_gradient(part)
+
+
+def _drop_gradient(part: Any) -> None:
+    """Let a compiled module compute as in training, and its output begin anew."""
+    compiled = part._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(
+            Tensor, lambda y: y.detach().requires_grad_(), compiled(*args, **kwargs)
+        )
+
+    part._compiled_call_impl = call

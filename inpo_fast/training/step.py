@@ -34,11 +34,13 @@ class Networks:
         wrapped: the policy as accelerate wraps it, for the calls that have a gradient.
         policy: the policy itself, for those that have none.
         reference: or None for an objective without.
+        as_trained: whether the reference is compiled as the policy is (`policy.compile_model`).
     """
 
     wrapped: nn.Module
     policy: nn.Module
     reference: nn.Module | None
+    as_trained: bool = False
 
 
 class Learner:
@@ -201,6 +203,12 @@ class Learner:
             return self._predict(model, call, told)
         return self._graphed(self.graphs.call, model, call, told)
 
+    def _refer(self, reference: nn.Module, call: Call, told: Conditioning) -> Tensor:
+        """The reference's output, with the policy's bits where both have the same weights."""
+        if self.networks.as_trained:
+            return self._predict(reference, call, told).detach()
+        return self._infer(reference, call, told)
+
     def _graphed(
         self, replay: Callable[..., Tensor], model: nn.Module, call: Call, told: Conditioning
     ) -> Tensor:
@@ -230,7 +238,7 @@ class Learner:
         """The objective at a training sample."""
         reference = None
         if self.networks.reference is not None:
-            reference = self._infer(self.networks.reference, call, told)
+            reference = self._refer(self.networks.reference, call, told)
         target, wanted = call.target, self.objective.inputs
         settings: dict[str, Any] = {**self._settings}
         # whatever `ties` is: pairs that were handed over may have soft labels

@@ -137,11 +137,18 @@ class PreferenceTrainer:
         if config.gradient_checkpointing:
             policy.checkpoint_activations(self.model.denoiser)
         sharded = accelerator.state.distributed_type == "FSDP"
+        # a LoRA shares its frozen weights with the reference
+        networks.as_trained = config.compile == "blocks" and config.rank is None and not sharded
         for module in (trained, networks.reference):
             if module is not None and config.fused_layers:
                 policy.fuse_layers(module, accelerator.device, sharded=sharded)
             if module is not None and config.compile != "none":
-                policy.compile_model(module, config.compile, self.model.family.blocks)
+                policy.compile_model(
+                    module,
+                    config.compile,
+                    self.model.family.blocks,
+                    as_trained=networks.as_trained and module is reference,
+                )
         optimizer = make_optimizer(
             config, [p for p in trained.parameters() if p.requires_grad], self._learning_rate()
         )

@@ -94,7 +94,7 @@ def test_gate(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("width", [40, 64, 80, 128, 20])
+@pytest.mark.parametrize("width", [40, 64, 80, 128])
 @pytest.mark.parametrize("keys", [300, 77, 1])
 def test_deterministic_attention(keys, width, dtype):
     """Against float64, no worse than torch's own; by cuDNN's forward where it takes the shape."""

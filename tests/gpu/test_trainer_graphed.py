@@ -75,7 +75,7 @@ def test_a_resumed_run_ends_with_the_same_bits(model, tmp_path, latents):
     ],
 )
 def test_graphs_change_no_bits(model, tmp_path, changes):
-    settings = {**changes, "max_train_steps": 3, "learning_rate": 1e-4, "lr_warmup_steps": 0}
+    settings = {**changes, "max_train_steps": 8, "learning_rate": 1e-4, "lr_warmup_steps": 0}
     plain, graphed = (
         trainer(model, tmp_path / str(graphs), **{**settings, "cuda_graphs": graphs})
         for graphs in (False, True)
@@ -83,8 +83,10 @@ def test_graphs_change_no_bits(model, tmp_path, changes):
     logged, again = plain.train(), graphed.train()
     keys = ("loss", "margin_mean", "policy_winner", "reference_winner", "grad_norm")
     for key in keys:
-        assert [row[key] for row in again] == [row[key] for row in logged], key
-    assert logged[0]["grad_norm"] > 0
+        # float16 has gradients that are not finite while it looks for its loss scale
+        values = [[repr(row[key]) for row in rows] for rows in (again, logged)]
+        assert values[0] == values[1], key
+    assert logged[-1]["margin_mean"] != 0
     assert len(graphed.learner.graphs._learnable) == 1
     assert_same_bits(graphed.policy.state_dict(), plain.policy.state_dict())
 

@@ -107,10 +107,13 @@ def test_heads_that_are_too_wide_are_refused():
 
 @pytest.mark.parametrize(
     ("dtype", "width", "deterministic"),
-    [(torch.float16, 8, False), (torch.float32, 8, True), (torch.float16, 160, True)],
+    [
+        *[(torch.float16, 8, False), (torch.float32, 8, True)],
+        *[(torch.float16, 160, True), (torch.float16, 20, True)],
+    ],
 )
 def test_torch_attends_to_all_else(dtype, width, deterministic, monkeypatch):
-    """What need not repeat its bits, float32, and heads that are too wide."""
+    """What need not repeat its bits, float32, and heads that are too wide or have to be padded."""
     module = pytest.importorskip("inpo_fast.training.attention")
     monkeypatch.setattr(module.functions, "has_kernels", lambda x: True)
     monkeypatch.setattr(module.functions, "apply", None)
