@@ -8,8 +8,17 @@ import torch
 from benchmarks import align, common
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in each of several processes: more of them would add in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def rows():
+def rows(one_thread):
     return list(align.rows("cpu", True, ["inpo, 2 samples", "sft"], processes=1))
 
 
