@@ -30,13 +30,19 @@ namespace inpo_fast {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Python sees a RuntimeError. Not STD_TORCH_CHECK, which writes its message to a stream: where a
-// toolchain links parts of the C++ library into the extension, and torch has another copy of it,
-// the stream finds no locale and the process dies.
+// Python sees a RuntimeError. Not STD_TORCH_CHECK or TORCH_ERROR_CODE_CHECK, which write messages
+// to a stream: where a toolchain links parts of the C++ library into the extension, and torch has
+// another copy of it, the stream finds no locale and the process dies. (Functions of torch's
+// headers that fail still do that.)
 [[noreturn]] inline void refuse(const std::string& message) { throw std::runtime_error(message); }
 
 inline void check(bool holds, const char* message) {
   if (!holds) refuse(message);
+}
+
+// Of a function of torch, which has told the error itself.
+inline void succeed(AOTITorchError code, const char* failure) {
+  check(code == TORCH_SUCCESS, failure);
 }
 
 // Elements that one thread takes at least. Below it a second thread costs more than it gains.
@@ -47,8 +53,8 @@ struct Device {
   int32_t type = 0, index = 0;
 
   explicit Device(const Tensor& t) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+    succeed(aoti_torch_get_device_type(t.get(), &type), "a tensor has no device");
+    succeed(aoti_torch_get_device_index(t.get(), &index), "a tensor has no device");
   }
 
   bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
@@ -66,7 +72,7 @@ inline ScalarType dtype_of(const Tensor& t) {
       {aoti_torch_dtype_int64(), ScalarType::Long},
       {aoti_torch_dtype_float64(), ScalarType::Double}};
   int32_t number = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  succeed(aoti_torch_get_dtype(t.get(), &number), "a tensor has no dtype");
   for (const auto& [own, dtype] : known) {
     if (number == own) return dtype;
   }
@@ -167,7 +173,7 @@ void on_device(const Device& device, const Launch& launch, const Run& run) {
   if (device.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(device.index);
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
+    succeed(aoti_torch_get_current_cuda_stream(device.index, &stream), "there is no stream");
     STD_CUDA_CHECK(static_cast<cudaError_t>(launch(stream)));
     return;
   }
@@ -191,8 +197,9 @@ inline Tensor empty_strided(const Device& device, const int64_t* sizes, const in
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, to<int32_t>(from(dtype)),
-                                                  device.type, device.index, &handle));
+  succeed(aoti_torch_empty_strided(dim, sizes, strides, to<int32_t>(from(dtype)), device.type,
+                                   device.index, &handle),
+          "torch could not make a tensor: out of memory?");
   return Tensor(handle);
 }
 

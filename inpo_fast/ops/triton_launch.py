@@ -41,7 +41,7 @@ def launch(
         grid: of its programs.
         tensors: on one device: the second launch takes their addresses, whatever they are.
         scalars: numbers, and compile-time constants after them.
-        options: for its compilation, always in the same order.
+        options: for its compilation.
 
     For Triton to find the compiled kernel that fits takes several times as long as to launch it.
     What it compiles depends on the dtype and the alignment of a tensor and on the value of a
@@ -60,7 +60,7 @@ def launch(
         grid,
         device,
         scalars,
-        *options.values(),
+        *options.items(),
         *[None if t is None else t.dtype for t in tensors],
         *[None if pointer is None else pointer & 15 for pointer in pointers],
         knobs.runtime.debug,

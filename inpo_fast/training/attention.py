@@ -25,20 +25,30 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query: [N, L, H, W]: samples, tokens, heads, and the width of a head.
         key, value: [N, K, H, W].
     """
-    if _must_repeat(query):
+    if _must_repeat(query, key, value):
         return functions.apply(DeterministicAttention, query, key, value)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-def _must_repeat(query: Tensor) -> bool:
-    """Whether torch would take a slower way to the same bits, and the kernels can do better."""
+def _must_repeat(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch would take its deterministic way, and the kernels take these tensors.
+
+    What torch would cast, broadcast or pad, and what is wrong, is left to it.
+    """
     return (
         torch.are_deterministic_algorithms_enabled()
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] % 8 == 0  # torch pads others for its kernels
-        and kernels.plan_of(query.shape[-1]) is not None
         and functions.has_kernels(query)
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
+        and key.shape == value.shape
+        and (len(query), *query.shape[2:]) == (len(key), *key.shape[2:])
+        and query.numel() > 0
+        and key.numel() > 0
+        and len(query) * query.shape[2] <= kernels.MOST_HEADS
+        and query.shape[3] % 8 == 0
+        and kernels.plan_of(query.shape[3]) is not None
+        and (not query.is_cuda or torch.backends.cuda.is_flash_attention_available())
     )
 
 
@@ -76,6 +86,9 @@ def output_and_logs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 
 
 def _prefers_cudnn(query: Tensor, key: Tensor) -> bool:
-    """Whether torch itself would take cuDNN, did nothing have to repeat."""
+    """Whether torch itself would take cuDNN by default, did nothing have to repeat: on these GPUs,
+    and since the version that is right for any number of tokens (pytorch issue 169849)."""
+    if torch.version.hip is not None or (torch.backends.cudnn.version() or 0) <= 91500:
+        return False
     several = min(query.shape[1], key.shape[1]) > 1
     return several and torch.cuda.get_device_capability(query.device)[0] in (9, 10)

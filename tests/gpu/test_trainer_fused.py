@@ -102,15 +102,19 @@ def test_deterministic_attention(keys, width, dtype):
     shapes = [(2, tokens, 3, width) for tokens in (300, keys, keys, 300)]
     given = [torch.randn(shape, generator=rng, device="cuda") for shape in shapes]
 
+    own = []
+
     def gradients(dtype):
         query, key, value, dy = (x.to(dtype).requires_grad_() for x in given)
         y = attention.attention(query, key, value)
+        own.append("DeterministicAttention" in y.grad_fn.name())
         return [x.double() for x in (y, *torch.autograd.grad(y, (query, key, value), dy))]
 
     with reproducible_training():
         with deterministic_gradients():
             mine, again = gradients(dtype), gradients(dtype)
         theirs, truth = gradients(dtype), gradients(torch.float64)
+    assert own == [True, True, False, False]
     assert all(map(torch.equal, mine, again))
     for exact, their, my in zip(truth, theirs, mine, strict=True):
         floor = torch.finfo(dtype).eps * exact.abs().max()

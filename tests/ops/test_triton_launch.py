@@ -11,8 +11,8 @@ GRID, OPTIONS = (3, 1, 1), {"num_warps": 4}
 F32, F16 = torch.float32, torch.float16
 
 
-def launch(*arguments):
-    launcher.launch(*arguments, OPTIONS)
+def launch(kernel, grid, tensors, scalars, options=OPTIONS):
+    launcher.launch(kernel, grid, tensors, scalars, options)
 
 
 class Compiled:
@@ -71,6 +71,8 @@ OTHERS = {
     "alignment": (None, GRID, (floats(offset=1), None), (64,)),
     "a tensor more": (None, GRID, (floats(), floats()), (64,)),
     "scalar": (None, GRID, (floats(), None), (1,)),
+    "option": (None, GRID, (floats(), None), (64,), {"num_warps": 8}),
+    "options": (None, GRID, (floats(), None), (64,), {"num_stages": 4}),
 }
 
 

@@ -106,20 +106,39 @@ def test_heads_that_are_too_wide_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "deterministic"),
+    ("changes", "deterministic"),
     [
-        *[(torch.float16, 8, False), (torch.float32, 8, True)],
-        *[(torch.float16, 160, True), (torch.float16, 20, True)],
+        ({}, False),
+        ({"dtype": torch.float32}, True),
+        ({"width": 160}, True),
+        ({"width": 20}, True),
+        ({"tokens": 0}, True),
+        ({"key": torch.randn(1, 5, 2, 8)}, True),
+        ({"heads": 40000}, True),
     ],
 )
-def test_torch_attends_to_all_else(dtype, width, deterministic, monkeypatch):
-    """What need not repeat its bits, float32, and heads that are too wide or have to be padded."""
+def test_torch_attends_to_all_else(changes, deterministic, monkeypatch):
+    """What need not repeat its bits, float32, and shapes that the kernels do not take."""
     module = pytest.importorskip("inpo_fast.training.attention")
     monkeypatch.setattr(module.functions, "has_kernels", lambda x: True)
     monkeypatch.setattr(module.functions, "apply", None)
-    query, key, value = torch.randn(3, 2, 5, 2, width).to(dtype)
+    given = {"dtype": torch.float16, "width": 8, "tokens": 5, "heads": 2, **changes}
+    shape = (2, given["tokens"], given["heads"], given["width"])
+    query, key, value = torch.randn(3, *shape).to(given["dtype"])
+    key, value = ((given["key"].to(x) if "key" in given else x) for x in (key, value))
     with deterministic_gradients() if deterministic else contextlib.nullcontext():
         y = module.attention(query, key, value)
     heads = (x.transpose(1, 2) for x in (query, key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
     assert torch.equal(y, expected)
+
+
+def test_what_is_wrong_is_torchs_to_say(monkeypatch):
+    module = pytest.importorskip("inpo_fast.training.attention")
+    monkeypatch.setattr(module.functions, "has_kernels", lambda x: True)
+    query = torch.randn(2, 5, 2, 8).half()
+    with deterministic_gradients():
+        with pytest.raises(RuntimeError, match="dtype"):
+            module.attention(query, query.float(), query)
+        with pytest.raises(RuntimeError):
+            module.attention(query, query[:, :, :1].repeat(1, 1, 3, 1), query)

@@ -15,12 +15,15 @@ from inpo_fast.training.metrics import count_flops, on_meta
 from tests.training import tiny
 
 TESTS = Path(__file__).with_name("interpreted.py")
+PARTS = ("begins or activations", "unet or reference or compiler")
 
 
-def test_interpreted():
+@pytest.mark.parametrize("part", [*PARTS, f"not ({' or '.join(PARTS)})"])
+def test_interpreted(part):
+    """In parts, which workers take one by one."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, TESTS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
 
