@@ -6,7 +6,7 @@ one by one. A graph of them is one launch. With gradient it is two, forward and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,38 +40,41 @@ class _Learnable:
     sums: _Sums
 
 
+Gradients = list[tuple[nn.Parameter, "Tensor | None"]]
+
+
 class _Sums:
     """Where graphs add the gradients of a model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._made: list[Tensor] = []
+        self._own: list[tuple[nn.Parameter, Tensor]] = []
 
-    @property
-    def own(self) -> list[Tensor]:
-        if not self._made:
-            self._made = [torch.zeros_like(p) for p in self._parameters]
-        return self._made
+    def make(self, gradients: Gradients) -> None:
+        """Have a sum for each parameter with a gradient: others have none without graphs, either,
+        and an optimiser leaves them alone."""
+        if not self._own:
+            self._own = [(p, torch.zeros_like(p)) for p, found in gradients if found is not None]
 
-    def exchange(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Let the parameters have these gradients; those they had are returned."""
-        had = [p.grad for p in self._parameters]
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
+    def drop(self) -> Gradients:
+        """Let the parameters have no gradient; those they had are returned."""
+        had: Gradients = [(p, p.grad) for p in self._parameters]
+        self.give([(p, None) for p in self._parameters])
         return had
 
-    def drop(self) -> list[Tensor | None]:
-        """Let the parameters have no gradient; those they had are returned."""
-        return self.exchange([None] * len(self._parameters))
+    def give(self, gradients: Gradients | None = None) -> None:
+        """Let parameters have these gradients, by default the sums."""
+        for parameter, gradient in self._own if gradients is None else gradients:
+            parameter.grad = gradient
 
     def hand_out(self) -> None:
         """Let the sums be the parameters' gradients, and go on from those they have."""
-        had = self.exchange(self.own)
-        if fresh := [own for own, theirs in zip(self.own, had, strict=True) if theirs is None]:
+        if fresh := [own for parameter, own in self._own if parameter.grad is None]:
             torch._foreach_zero_(fresh)
-        for own, theirs in zip(self.own, had, strict=True):
-            if theirs is not None and theirs is not own:
-                own.copy_(theirs)
+        for parameter, own in self._own:
+            if parameter.grad is not None and parameter.grad is not own:
+                own.copy_(parameter.grad)
+        self.give()
 
 
 class _Replayed(torch.autograd.Function):
@@ -160,21 +163,21 @@ class Graphs:
 
         def whole() -> None:
             forward().sum().backward()
-            sums.drop()
+            sums.make(sums.drop())
 
         had = sums.drop()
         try:
             graph, output = capture(forward, whole, **options)
             gradient = torch.empty_like(output)
             # the captured backward adds to these, now and whenever it is replayed
-            sums.exchange(sums.own)
+            sums.give()
             backward, _ = capture(
                 lambda: output.backward(gradient),
                 lambda: None,
                 **options,
             )
         finally:
-            sums.exchange(had)
+            sums.give(had)
         return _Learnable(_Graph(graph, inputs, output.detach()), backward, gradient, sums)
 
 

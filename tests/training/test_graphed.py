@@ -87,15 +87,22 @@ def test_gradients_go_on_in_the_same_memory():
     """From none, from those of a batch without a graph, and from their own."""
     model = torch.nn.Linear(2, 1)
     frozen = model.bias.requires_grad_(False)
+    model.unused = unused = torch.nn.Parameter(torch.ones(1))
     sums = graphed._Sums(model)
+    model(torch.ones(1, 2)).sum().backward()
+    first = model.weight.grad
+    sums.make(had := sums.drop())
+    assert model.weight.grad is None
+    sums.give(had)
+    assert model.weight.grad is first
+    sums.drop()
     sums.hand_out()
     own = model.weight.grad
-    assert frozen.grad is None and torch.equal(own, torch.zeros(1, 2))
+    assert frozen.grad is None and unused.grad is None and torch.equal(own, torch.zeros(1, 2))
     own.add_(3)
     sums.hand_out()
     assert model.weight.grad is own and torch.equal(own, torch.full((1, 2), 3.0))
-    (had,) = sums.drop()
-    assert had is own and model.weight.grad is None
+    assert dict(sums.drop())[model.weight] is own and model.weight.grad is None
     sums.hand_out()
     assert model.weight.grad is own and torch.equal(own, torch.zeros(1, 2))
     model.weight.grad = torch.full((1, 2), 5.0)
