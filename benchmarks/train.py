@@ -177,6 +177,7 @@ def unchecked_rows(case: str, name: str, ours: Ours, rival: Timed, peak: float) 
     ours.trainer.policy.disable_gradient_checkpointing()
     # those that were captured compute activations again
     ours.trainer.learner.graphs = None
+    ours.trainer.optimizer.zero_grad(set_to_none=True)
     release(ours.device)
     ours.trainer.learner.graphs = Graphs(ours.trainer.accelerator.device)
     fewer = 6 if torch.cuda.mem_get_info()[1] > WHOLE * 2**30 else 3

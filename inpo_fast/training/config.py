@@ -177,9 +177,10 @@ class PreferenceConfig:
     )
     cuda_graphs: bool = _option(
         False,
-        "model calls (in a single process those with gradient, too) as CUDA graphs, captured for "
-        "every size of a batch: for a GPU that is faster than the host can launch kernels; takes "
-        "their memory for good",
+        "model calls as CUDA graphs, captured for every size of a batch (those with gradient, too, "
+        "in a single process and without compile): for a GPU that is faster than the host can "
+        "launch kernels; keeps activations and gradients to the end, beside a second size of a "
+        "batch while it is captured",
     )
 
     checkpointing_steps: int = _option(500, "optimiser steps between checkpoints", free=True)

@@ -6,7 +6,7 @@ one by one. A graph of them is one launch. With gradient it is two, forward and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,11 @@ class _Sums:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._own: list[tuple[nn.Parameter, Tensor]] = []
 
-    def make(self, gradients: Gradients) -> None:
-        """Have a sum for each parameter with a gradient: others have none without graphs, either,
-        and an optimiser leaves them alone."""
+    def make(self, reached: Sequence[nn.Parameter]) -> None:
+        """Have a sum for each of these parameters, which a backward reaches: others have no
+        gradient without graphs, either, and an optimiser leaves them alone."""
         if not self._own:
-            self._own = [(p, torch.zeros_like(p)) for p, found in gradients if found is not None]
+            self._own = [(p, torch.zeros_like(p)) for p in reached]
 
     def drop(self) -> Gradients:
         """Let the parameters have no gradient; those they had are returned."""
@@ -161,13 +161,17 @@ class Graphs:
         def forward() -> Tensor:
             return function(*inputs)
 
+        reached: list[nn.Parameter] = []
+
         def whole() -> None:
             forward().sum().backward()
-            sums.make(sums.drop())
+            reached.extend(p for p, found in sums.drop() if found is not None)
 
         had = sums.drop()
         try:
             graph, output = capture(forward, whole, **options)
+            # not in the warm-up, whose memory they would keep from being given back
+            sums.make(reached)
             gradient = torch.empty_like(output)
             # the captured backward adds to these, now and whenever it is replayed
             sums.give()

@@ -3,9 +3,9 @@
 The reference is a second tree of modules. With a LoRA it shares every tensor of the policy and has
 no adapters: one copy of the weights, and nothing is switched on or off, so it is safe beside
 compiled graphs, checkpointed activations and wrappers of the policy. Trained as a whole, the policy
-is float32 and the reference a frozen copy whose matrices are in the precision of the model calls.
-Under autocast both compute from the same numbers, and at the start their outputs have the same
-bits.
+is float32 and the reference a copy that stays, whose matrices are in the precision of the model
+calls. Under autocast both compute from the same numbers, and at the start their outputs have the
+same bits.
 """
 
 from __future__ import annotations
@@ -166,12 +166,13 @@ def fuse_layers(model: nn.Module, device: torch.device, *, sharded: bool) -> Non
 def checkpoint_activations(model: Any) -> None:
     """Keep few activations of a diffusers model for its backward, which computes the others again.
 
-    Nothing in a forward is random, as dropout is off, so no generator's state is kept for the
-    second one. A CUDA graph could not read it.
+    In training here nothing in a forward is random, as dropout is off, so no generator's state is
+    kept for the second one. A CUDA graph could not read it.
     """
 
     def checkpointed(module: nn.Module, *given: Any) -> Any:
-        return checkpoint(module.__call__, *given, use_reentrant=False, preserve_rng_state=False)
+        keep = module.training
+        return checkpoint(module.__call__, *given, use_reentrant=False, preserve_rng_state=keep)
 
     model.enable_gradient_checkpointing(checkpointed)
 
@@ -200,9 +201,8 @@ def compile_model(
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for part in parts:
-        # Policy and reference are fused differently. Rounding between operators, as without
-        # compilation, they still agree; without it 16-bit outputs would differ by roundings,
-        # which β magnifies.
+        # Policy and reference may be fused differently. Rounding between operators, as without
+        # compilation, they differ less: β magnifies what is left.
         part.compile(dynamic=False, options={"emulate_precision_casts": True})
     if as_trained and mode == "blocks":
         model.requires_grad_(True)

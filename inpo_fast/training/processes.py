@@ -84,6 +84,8 @@ def memory_advice(config: PreferenceConfig) -> Iterator[None]:
                 f"lower train_batch_size ({config.train_batch_size}) and raise "
                 "gradient_accumulation_steps by the same factor"
             )
+        if config.cuda_graphs:
+            advice.append("do without cuda_graphs, which keep the memory of every size of a batch")
         if not config.gradient_checkpointing:
             advice.append("set gradient_checkpointing")
         if config.mixed_precision in (None, "no"):

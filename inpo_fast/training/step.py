@@ -189,7 +189,8 @@ class Learner:
     def _learnable(self, call: Call, told: Conditioning) -> Tensor:
         """The policy's output at a call, whose backward adds to the gradients of its weights.
 
-        By graphs in a single process: in others the wrapper exchanges gradients in the backward.
+        By graphs where nothing is compiled, and in a single process: of several the wrapper
+        exchanges gradients in the backward.
         """
         single = self.accelerator.num_processes == 1
         if self.graphs is None or not single or self.config.compile != "none":

@@ -134,7 +134,8 @@ class PreferenceTrainer:
         needed = OBJECTIVES[config.loss_type].needs_reference
         networks = Networks(trained, trained, reference if needed else None)
         self.learner = Learner(config, accelerator, self.model, networks, self.dtype)
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing or self.model.denoiser.is_gradient_checkpointing:
+            # which a loaded pipeline may do already, in a way that graphs cannot
             policy.checkpoint_activations(self.model.denoiser)
         sharded = accelerator.state.distributed_type == "FSDP"
         # a LoRA shares its frozen weights with the reference
@@ -235,6 +236,8 @@ class PreferenceTrainer:
                         self.save_checkpoint()
                     if config.validation_prompts and self._due(config.validation_steps):
                         self._validate()
+        # the memory of its graphs is somebody else's now
+        self.learner.graphs = None
         self.save()
         # not end_training, which takes the process group from whatever this process does next
         for tracker in self.accelerator.trackers:

@@ -53,3 +53,20 @@ def test_a_rounded_tree_has_no_more_than_what_it_rounds(rank):
         assert (mine[name] is parameter) == (not matrix or parameter.dtype == torch.bfloat16), name
         assert mine[name].dtype == (torch.bfloat16 if matrix else parameter.dtype), name
     assert (rank is None) == (model.conv_in.weight is not rounded.conv_in.weight)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_checkpointed_activations_give_the_same_gradients(training):
+    """With dropout, too, for whoever goes on with the model."""
+    model = tiny.unet(dropout=0.5, resnet_time_scale_shift="default").train(training)
+    rng = torch.Generator().manual_seed(0)
+    given = (torch.randn(2, 4, 8, 8, generator=rng), 7, torch.randn(2, 3, 8, generator=rng))
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(*given, return_dict=False)[0].square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+        policy.checkpoint_activations(model)
+    assert model.is_gradient_checkpointing
+    assert all(map(torch.equal, *found))

@@ -593,6 +593,21 @@ def test_fused_layers_need_a_gpu(model, tmp_path):
         trainer(model, tmp_path, fused_layers=True)
 
 
+def test_a_pipeline_that_checkpoints_already_does_it_as_graphs_can(model, tmp_path, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    nothing = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    parts = dict.fromkeys((*nothing, "image_encoder"))
+    pipeline = StableDiffusionPipeline.from_pretrained(model, **parts)
+    pipeline.unet.enable_gradient_checkpointing()
+    config = tiny.config(model, tmp_path / "out", max_train_steps=1)
+    run = PreferenceTrainer(config, pipeline, tiny.pairs())
+    asked = []
+    monkeypatch.setattr("torch.get_rng_state", lambda: asked.append(1))
+    (row,) = run.train()
+    assert math.isfinite(row["loss"]) and not asked
+
+
 def test_cuda_graphs_need_a_gpu(model, tmp_path):
     with pytest.raises(ConfigError, match="cuda_graphs needs a GPU, got the device cpu"):
         trainer(model, tmp_path, cuda_graphs=True)
