@@ -164,6 +164,8 @@ def our_rows(
     if device == "cuda" and all_levers:
         yield levers.graphs(eager, best[1], forward, ours.forward(pairs))
     if device == "cuda":
+        # whose memory is to be their own
+        ours.renew_graphs()
         free = ours.timed(pairs, 1, nondeterministic=True)
         yield rate(f"{name}, {layers}, {pairs} pairs, nondeterministic", free, official=rival)
     if name == "sd15":
@@ -176,10 +178,7 @@ def unchecked_rows(case: str, name: str, ours: Ours, rival: Timed, peak: float) 
     """Yield the rows without gradient checkpointing, with as many pairs as the memory allows."""
     ours.trainer.policy.disable_gradient_checkpointing()
     # those that were captured compute activations again
-    ours.trainer.learner.graphs = None
-    ours.trainer.optimizer.zero_grad(set_to_none=True)
-    release(ours.device)
-    ours.trainer.learner.graphs = Graphs(ours.trainer.accelerator.device)
+    ours.renew_graphs()
     fewer = 6 if torch.cuda.mem_get_info()[1] > WHOLE * 2**30 else 3
     for samples in (min(REUSE), max(REUSE)):
         timed = ours.timed(fewer, samples)
@@ -202,6 +201,14 @@ class Ours:
         self.trainer, self.device, self.least = trainer, device, least
         self.flops = 0.0
         """Of a sample, by the trainer's count, in the last `timed`."""
+
+    def renew_graphs(self) -> None:
+        """Drop all that was captured, with its memory."""
+        self.trainer.learner.graphs = None
+        # the sums of gradients are among it
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+        release(self.device)
+        self.trainer.learner.graphs = Graphs(self.trainer.accelerator.device)
 
     def learner(self, samples: int, **changes: Any) -> Learner:
         return training_loop.with_config(
@@ -380,7 +387,10 @@ class Levers:
 
     def graphs(self, eager: Timed, best: Timed, forward: float, graphed: float) -> Row:
         """Predicted by what a call without gradient takes in both ways; a backward is two."""
-        calls = self.mean_depth(1) + 4  # the reference, and the policy with its backward
+        calls = self.mean_depth(1) + 1  # and the reference
+        if self.ours.trainer.learner.config.compile == "none":
+            checkpointed = self.ours.trainer.policy.is_gradient_checkpointing
+            calls += 4 if checkpointed else 3  # the policy with its backward
         predicted = eager.sample / (eager.sample - calls * (forward - graphed))
         return self.row("CUDA graphs", eager.sample / best.sample, predicted, samples=1)
 
