@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Real
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -143,6 +144,8 @@ def check_factor(name: str, value: float, *, positive: bool = False) -> None:
     """Refuse a factor that is not a finite number, at least 0 or above it."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a tensor: it has no gradient")
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 <= value < math.inf or (positive and value == 0):
         least = "positive" if positive else "at least 0"
         raise ValueError(f"{name} must be finite and {least}, got {value}")

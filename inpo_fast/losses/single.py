@@ -48,7 +48,7 @@ def kto_loss(
     *,
     beta: float,
     desirable: Tensor,
-    kl: Tensor | None = None,
+    kl: Tensor | float | None = None,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     beta_convention: BetaConvention = "dpo/full",
@@ -63,9 +63,9 @@ def kto_loss(
         policy, reference, target: [B, …] as in `dpo_loss`, but unpaired.
         beta: β ≥ 0; the script has no factor 1/2, hence the default of `beta_convention`.
         desirable: [B] bool (or 0 and 1), which samples people like.
-        kl: [] estimate of the mean of e_ref − e_θ, at least 0. None takes that of this batch,
-            detached and clamped at 0; the script takes the mean over all processes. A gradient that
-            is the mean over micro-batches needs one number for all of them.
+        kl: [] or a number, estimate of the mean of e_ref − e_θ, at least 0. None takes that of this
+            batch, detached and clamped at 0; the script takes the mean over all processes. A
+            gradient that is the mean over micro-batches needs one number for all of them.
         desirable_weight, undesirable_weight: w_y.
         beta_convention: unit of β.
         reduction: over samples.
@@ -83,6 +83,8 @@ def kto_loss(
     check_samples("desirable", desirable, len(gain), gain)
     if kl is None:
         kl = gain.detach().mean().clamp(min=0)
+    elif not isinstance(kl, Tensor):
+        check_factor("kl", kl)
     elif kl.shape != () or kl.requires_grad:
         raise ValueError(f"kl must be a scalar without gradient, got shape {tuple(kl.shape)}")
     good = desirable.to(torch.bool)

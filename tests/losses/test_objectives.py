@@ -420,6 +420,12 @@ def test_mapo_at_a_perfect_output():
             ValueError,
             r"kl must be a scalar without gradient, got shape \(12,\)",
         ),
+        (
+            lambda a: kto_loss(*a, beta=1.0, desirable=torch.ones(12), kl=-0.1),
+            ValueError,
+            "kl must be finite and at least 0, got -0.1",
+        ),
+        (lambda a: dpo_loss(*a, beta="a"), TypeError, "beta must be a number, got 'a'"),
         (lambda a: mapo_loss(*a, beta=1.0, snr=0.0), ValueError, "snr must be finite and positive"),
         (
             lambda a: CASES["sft"].objective.function(a[0], a[1][:1], a[2]),
@@ -431,6 +437,15 @@ def test_mapo_at_a_perfect_output():
 def test_wrong_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call(batch())
+
+
+def test_ktos_kl_may_be_a_number():
+    given, desirable = batch(6), torch.arange(12) % 2
+    one, other = (
+        kto_loss(*given, beta=1.0, desirable=desirable, kl=kl).loss
+        for kl in (0.25, torch.tensor(0.25))
+    )
+    assert torch.equal(one, other)
 
 
 def test_inversion_dpo_averages_the_levels_of_a_sample():
