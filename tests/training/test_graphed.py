@@ -111,6 +111,80 @@ def test_gradients_go_on_in_the_same_memory():
     assert model.weight.grad is own and torch.equal(own, torch.full((1, 2), 5.0))
 
 
+class Deferred:
+    """Captures of forwards and backwards in turns: a replayed forward computes again, and a
+    backward, which does not run when it is captured, is that of its forward's last replay."""
+
+    def __init__(self, graphs):
+        self.graphs, self.latest, self.captured = graphs, {}, 0
+
+    def __call__(self, body, warm_up, *, pool, stream):
+        warm_up()
+        number, backward = divmod(self.captured, 2)
+        self.captured += 1
+        if backward:
+            return Deferred.Replayed(lambda: self._backward(number)), None
+        output = body()
+
+        def forward():
+            with torch.enable_grad():
+                self.latest[number] = body()
+            output.data.copy_(self.latest[number])
+
+        return Deferred.Replayed(forward), output
+
+    def _backward(self, number):
+        gradient = list(self.graphs._learnable.values())[number].gradient
+        self.latest.pop(number).backward(gradient)
+
+    class Replayed:
+        def __init__(self, replay):
+            self.replay = replay
+
+
+def test_replayed_gradients_add_up(graphs, monkeypatch):
+    """Over sizes that take turns, whose graphs are captured in the middle of a step."""
+    monkeypatch.setattr(graphed, "capture", capture := Deferred(graphs))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    model[0].bias.requires_grad_(False)
+    inputs = [numbers(count, 3) * scale for scale, count in enumerate((2, 1, 2, 1, 5), 1)]
+
+    def gradients(call):
+        model.zero_grad(set_to_none=True)
+        for x in inputs:
+            call(x).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(model)
+    found = gradients(lambda x: graphs.learn(model, model, x))
+    assert capture.captured == 2 * 3 == 2 * len(graphs)
+    again = gradients(lambda x: graphs.learn(model, model, x))
+    assert capture.captured == 6
+    for truth, first, second in zip(expected, found, again, strict=True):
+        assert (truth is None and first is None) or torch.equal(truth, first)
+        # the same memory from step to step
+        assert first is second
+    # what is not finite leaves nothing behind
+    graphs.learn(model, model, inputs[0] * torch.nan).sum().backward()
+    again = gradients(lambda x: graphs.learn(model, model, x))
+    assert all(a is b for a, b in zip(again, found, strict=True))
+    assert torch.equal(again[0], expected[0])
+
+
+def test_a_failed_capture_keeps_the_gradients(graphs, monkeypatch):
+    def failing(body, warm_up, *, pool, stream):
+        warm_up()
+        raise RuntimeError("no memory")
+
+    model = torch.nn.Linear(3, 1)
+    model(numbers(2, 3)).sum().backward()
+    before, copy = model.weight.grad, model.weight.grad.clone()
+    monkeypatch.setattr(graphed, "capture", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        graphs.learn(model, model, numbers(2, 3))
+    assert model.weight.grad is before and torch.equal(before, copy) and len(graphs) == 0
+
+
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("compile", ["none", "blocks"])
 def test_the_calls_with_gradient_that_have_graphs(alone, compile, graphs, tmp_path, monkeypatch):
