@@ -80,6 +80,14 @@ class Checkpoints:
             f"{self.folder} has the steps {self.steps()}"
         )
 
+    def prune(self, step: int) -> None:
+        """Remove the oldest beyond the limit, but not that of `step`: it stays also where a run
+        that was resumed before others comes by again. For the main process."""
+        others = [other for other in self.steps() if other != step]
+        many = len(others) + 1 - self.limit if self.limit else 0
+        for old in others[: max(0, many)]:
+            shutil.rmtree(self.path(old))
+
     def save(self, step: int, write: Callable[[Path], object]) -> None:
         """Write the checkpoint of `step`, or replace it; all processes must call it.
 
@@ -108,11 +116,7 @@ class Checkpoints:
             os.replace(part, final)
             _sync_folder(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
-            # this one stays, also where a run that was resumed before others comes by again
-            others = [other for other in self.steps() if other != step]
-            many = len(others) + 1 - self.limit if self.limit else 0
-            for old in others[: max(0, many)]:
-                shutil.rmtree(self.path(old))
+            self.prune(step)
 
         def failed(error: object) -> str:
             steps = self.steps()

@@ -197,6 +197,9 @@ class PreferenceTrainer:
                 checkpoint that cannot be written.
         """
         config = self.config
+        if self.accelerator.is_main_process:
+            # a run that was killed after it had written one may have left one too many
+            self.checkpoints.prune(self.step)
         self._start_trackers()
         accumulation = config.gradient_accumulation_steps
         batches = self.data.loader(

@@ -91,6 +91,18 @@ def test_a_resumed_run_ends_with_the_same_bits(model, tmp_path, changes):
     assert all(torch.equal(mine[k], v) for k, v in whole.policy.state_dict().items())
 
 
+def test_a_checkpoint_too_many_is_removed_by_the_run_that_goes_on(model, tmp_path):
+    """As a kill between writing the newest and removing the oldest leaves it."""
+    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    trainer(model, tmp_path, **settings).train()
+    for old in (1, 2):
+        shutil.copytree(tmp_path / "checkpoint-3", tmp_path / f"checkpoint-{old}")
+    resumed = trainer(model, tmp_path, resume_from_checkpoint="latest", **settings)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+    resumed.train()
+    assert sorted(f.name for f in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
 def test_a_run_that_is_made_longer_is_one_that_was_longer(model, tmp_path):
     whole = trainer(model, tmp_path / "whole")
     whole.train()
