@@ -50,7 +50,7 @@ PLANS = {
     128: Plan(Tile(32, 64, 4, 3), Tile(64, 32, 4, 3)),
 }
 """By the width of a head, rounded up to a power of 2. The fastest on an H100, for widths 40, 64 and
-80, of those that spill nothing on any GPU."""
+80, of those that spill nothing when compiled for any GPU."""
 ROWS = 64
 """Tokens of a program of δ."""
 MOST_HEADS = 65535

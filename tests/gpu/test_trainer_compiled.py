@@ -66,7 +66,7 @@ def test_it_trains_as_accurately_as_without(model, tmp_path):
 
 
 def test_in_float32_the_start_differs_by_roundings(model, tmp_path, monkeypatch):
-    """Nothing rounds away that policy and reference are fused in different ways."""
+    """Nothing rounds away what may differ between the graphs of policy and reference."""
     # TF32 would turn a last bit that differs into one of the 10 bits that it keeps
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     run = trainer(
