@@ -1,28 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """What could make the model call itself faster, tried one by one on the compiled model at batch 2.
 
-Each lever is the call that a Sampler captures with one thing changed. A lever is of use only if the
-bits stay: the call must repeat itself, and a second compilation from nothing must give the same.
+First where the call's time goes: the kernels of each kind, with the rate at which the model's
+arithmetic of that kind is done. Then the levers. Each is the call that a Sampler captures with one
+thing changed, in a process of its own: they compile beside each other, and are timed in turns with
+the call as shipped while the others wait. A lever must stay as near to the float32 model as the
+shipped call, and is of use only if the bits stay: the call repeats itself, and of those that pay, a
+second process that compiles from nothing gives the same.
+
 The fused layers of training are tried without a compiler: what it would do to them, they have done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import multiprocessing
+import os
+import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import models
-from benchmarks.common import Row, captured, interleaved, median_us
+from benchmarks.common import Row, captured
 from inpo_fast.determinism import reproducible
 
 Change = Callable[[nn.Module], Any]
+Settings = Callable[[], contextlib.AbstractContextManager[Any]]
+
+PAYS = 1.005
+"""A gain from which on the bits of another process are looked at."""
+SPREAD = 1.5
+"""How much farther than the shipped call a lever may be from the float32 model: all round alike, in
+other places."""
+PLACE = 8.0
+"""GiB that a process may need."""
 
 
 def nothing(unet: nn.Module) -> None:
@@ -36,12 +58,22 @@ def fused(unet: nn.Module) -> None:
     fuse(unet)
 
 
-def config(**values: object) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def fused_qkv(unet: Any) -> None:
+    """One product for the three projections of an attention."""
+    unet.fuse_qkv_projections()
+
+
+def contiguous(unet: nn.Module) -> None:
+    """Channels first."""
+    unet.to(memory_format=torch.contiguous_format)
+
+
+def config(**values: object) -> Settings:
     """Compile with other settings of Inductor."""
     return lambda: inductor.patch(**values)
 
 
-def attention(backend: SDPBackend) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def attention(backend: SDPBackend) -> Settings:
     """Force one kernel of scaled dot product attention."""
     return lambda: sdpa_kernel([backend])
 
@@ -49,74 +81,281 @@ def attention(backend: SDPBackend) -> Callable[[], contextlib.AbstractContextMan
 class Lever(NamedTuple):
     """A change of the model, and settings while it is compiled, if it is, and captured."""
 
-    change: Change
-    settings: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    change: Change = nothing
+    settings: Settings = contextlib.nullcontext
     compiled: bool = True
 
 
+SHIPPED = "as shipped"
 LEVERS = {
+    SHIPPED: Lever(),
     "fused layers, captured only": Lever(fused, compiled=False),
-    "cuDNN attention": Lever(nothing, attention(SDPBackend.CUDNN_ATTENTION)),
-    "flash attention": Lever(nothing, attention(SDPBackend.FLASH_ATTENTION)),
-    "fused QKV": Lever(lambda unet: unet.fuse_qkv_projections()),
-    "contiguous memory": Lever(lambda unet: unet.to(memory_format=torch.contiguous_format)),
-    "freezing": Lever(nothing, config(freezing=True)),
-    "benchmarking allowed": Lever(nothing, config(deterministic=False)),
-    "1x1 convolutions as products": Lever(nothing, config(conv_1x1_as_mm=True)),
+    "fused layers and QKV, captured only": Lever(
+        lambda unet: (fused_qkv(unet), fused(unet)), compiled=False
+    ),
+    "fused QKV": Lever(fused_qkv),
+    "cuDNN attention": Lever(settings=attention(SDPBackend.CUDNN_ATTENTION)),
+    "flash attention": Lever(settings=attention(SDPBackend.FLASH_ATTENTION)),
+    "contiguous memory": Lever(contiguous),
+    "freezing": Lever(settings=config(freezing=True)),
+    "benchmarking allowed": Lever(settings=config(deterministic=False)),
+    "1x1 convolutions as products": Lever(settings=config(conv_1x1_as_mm=True)),
     "coordinate descent": Lever(
-        nothing,
-        config(deterministic=False, coordinate_descent_tuning=True),
+        settings=config(deterministic=False, coordinate_descent_tuning=True)
     ),
     "max-autotune products": Lever(
-        nothing,
-        config(
+        settings=config(
             deterministic=False, max_autotune_gemm=True, max_autotune_gemm_backends="ATEN,TRITON"
-        ),
+        )
     ),
+}
+_KINDS = {
+    # the first that has a part of a kernel's name, and of the operators whose arithmetic it does
+    "norms, activations, casts": (("triton", "elementwise", "_norm"), ()),
+    "attention": (("flash", "fmha", "sdpa"), ("scaled_dot_product",)),
+    "convolutions": (("conv", "fprop", "implicit"), ("convolution",)),
+    "matrix products": (("gemm", "nvjet", "cutlass", "splitk"), ("mm",)),
+    "other": (("",), ("",)),
 }
 
 
 def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
-    """Yield a row for each model and lever."""
+    """Yield rows for each model, or those named: of every lever, and of the kinds of kernels."""
     if device != "cuda":
         raise SystemExit("benchmarks: levers are tried on a GPU: --device cuda")
+    places = int(torch.cuda.get_device_properties(0).total_memory / 2**30 / PLACE)
+    levers = [label for label in LEVERS if label != SHIPPED]
     for name in ("sd15", "sdxl"):
         if only and name not in only:
             continue
-        shipped = prepare(name, Lever(nothing))
-        for label, lever in LEVERS.items():
-            try:
-                replay, same, seconds = prepare(name, lever)
-            except Exception as error:
-                print(f"     {name}, {label}: {' '.join(str(error).split())[:150]}", flush=True)
-                continue
-            contenders = {"shipped": shipped[0], "ours": replay}
-            times = interleaved(contenders, device=device, rounds=3 if quick else 9, seconds=0.1)
-            note = f"bits stay: {same}, made twice in {seconds:.0f} s"
-            yield Row(
-                case=f"{name}, batch 2, {label} ({note})",
-                metric="GPU time of a model call",
-                unit="us",
-                ours=median_us(times["ours"]),
-                rivals={"as shipped": median_us(times["shipped"])},
-                ratios={"as shipped": median_us(times["shipped"]) / median_us(times["ours"])},
-            )
+        with Contender(name, SHIPPED) as shipped:
+            # the float32 model needs a place, too
+            together = max(1, places - 2)
+            for first in range(0, len(levers), together):
+                labels = levers[first : first + together]
+                yield from lever_rows(name, labels, shipped, 3 if quick else 9)
+            yield from kind_rows(name, shipped)
+
+
+def lever_rows(name: str, labels: Sequence[str], shipped: Contender, rounds: int) -> Iterator[Row]:
+    """Yield rows of levers that are compiled beside each other."""
+    with contextlib.ExitStack() as stack:
+
+        def start(labels: Iterable[str]) -> list[Contender]:
+            """Those that compile, when all of them have done so."""
+            started = [stack.enter_context(Contender(name, label)) for label in labels]
+            return [contender for contender in started if contender.agrees(shipped)]
+
+        gains = {lever: lever.against(shipped, rounds) for lever in start(labels)}
+        paying = (lever.label for lever, (gain, _) in gains.items() if gain > PAYS)
+        twins = {twin.label: twin for twin in start(paying)}
+        for lever, (gain, microseconds) in gains.items():
+            yield lever.row(gain, microseconds, twins.get(lever.label))
+
+
+def kind_rows(name: str, shipped: Contender) -> Iterator[Row]:
+    """Yield a row for each kind of kernels in the shipped call."""
+    microseconds, flops = shipped.ask("profile")
+    whole = sum(microseconds.values())
+    for kind, spent in microseconds.items():
+        told = f", {flops[kind] / spent / 1e6:.0f} TFLOP/s" if flops[kind] else ""
+        yield Row(
+            case=f"{name}, batch 2, {kind} ({spent / whole:.0%} of the call{told})",
+            metric="GPU time of the kernels of a model call",
+            unit="us",
+            ours=spent,
+            rivals={},
+            ratios={},
+            values={"model arithmetic, TFLOP": flops[kind] / 1e12},
+        )
+
+
+class Made(NamedTuple):
+    """What a process says of its call."""
+
+    seconds: float  # until it was compiled
+    repeats: bool
+    output: Any  # float32 array
+
+
+class Contender:
+    """A lever in a process of its own, which compiles from nothing."""
+
+    def __init__(self, name: str, label: str) -> None:
+        self.name, self.label = name, label
+
+    def __enter__(self) -> Contender:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._process = context.Process(
+            target=contend, args=(theirs, self.name, self.label, self._folder.name), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+    @functools.cached_property
+    def made(self) -> Made:
+        made: Made = self._answer()
+        return made
+
+    @functools.cached_property
+    def expected(self) -> Any:
+        """The float32 model's output."""
+        return self.ask("float32")
+
+    def ask(self, question: str | float) -> Any:
+        """The process's answer, see `contend`; its failures are raised here."""
+        assert self.made
+        self._pipe.send(question)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise AssertionError("its process ended") from None
+        if isinstance(answer, str):
+            raise AssertionError(answer)
+        return answer
+
+    def agrees(self, shipped: Contender) -> bool:
+        """Wait until it is compiled; whether it is, and computes what the shipped one does."""
+        expected = shipped.expected
+        bound = SPREAD * np.linalg.norm(shipped.made.output - expected)
+        try:
+            if not np.linalg.norm(self.made.output - expected) <= bound:
+                raise AssertionError("farther from the float32 model than the shipped call")
+        except AssertionError as error:
+            print(f"     {self.name}, {self.label}: {error}", flush=True)
+            return False
+        return True
+
+    def against(self, shipped: Contender, rounds: int) -> tuple[float, float]:
+        """Its gain over the shipped call, and its microseconds: medians over turns."""
+        times = [(shipped.ask(0.1), self.ask(0.1)) for _ in range(rounds)]
+        gain = statistics.median(theirs / ours for theirs, ours in times)
+        return gain, statistics.median(ours for _, ours in times) * 1e6
+
+    def row(self, gain: float, microseconds: float, twin: Contender | None) -> Row:
+        bits = "repeats its bits" if self.made.repeats else "DOES NOT REPEAT ITS BITS"
+        if twin is not None:
+            same = np.array_equal(twin.made.output, self.made.output)
+            bits += ", in another process, too" if same else ", ANOTHER PROCESS HAS OTHERS"
+        return Row(
+            case=f"{self.name}, batch 2, {self.label} ({bits}; ready in {self.made.seconds:.0f} s)",
+            metric="GPU time of a model call",
+            unit="us",
+            ours=microseconds,
+            rivals={SHIPPED: gain * microseconds},
+            ratios={SHIPPED: gain},
+        )
 
 
 @torch.no_grad()
-def prepare(name: str, lever: Lever) -> tuple[Callable[[], object], bool, float]:
-    """Make it twice from nothing; return a captured call, whether its bits stay, and seconds."""
-    model = models.denoiser(name, 2, "cuda", torch.bfloat16)
-    lever.change(model.unet)
-    sample = models.latents(name, 2, "cuda").bfloat16()
-    timestep = torch.full((1,), 501, device="cuda").expand(2)
-    outputs: list[Tensor] = []
+def contend(pipe: Connection, name: str, label: str, folder: str) -> None:
+    """Make a lever's call, say so, and serve: seconds of a call over about so many seconds of them,
+    the output of the "float32" model, or the "profile" and arithmetic of the call."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    # all compile at once
+    inductor.compile_threads = 4
+    try:
+        model = models.denoiser(name, 2, "cuda", torch.bfloat16)
+        sample = models.latents(name, 2, "cuda").bfloat16()
+        timestep = torch.full((1,), 501, device="cuda").expand(2)
+        lever = LEVERS[label]
+        lever.change(model.unet)
+        with reproducible(), lever.settings():
+            replay, made = prepare(model, sample, timestep, compiled=lever.compiled)
+        pipe.send(made)
+        while True:
+            question = pipe.recv()
+            if question == "float32":
+                pipe.send(in_float32(model, sample, timestep))
+            elif question == "profile":
+                pipe.send((profile(replay), arithmetic(model, sample, timestep)))
+            else:
+                pipe.send(seconds_of(replay, question))
+    except EOFError:
+        return
+    except Exception as error:
+        pipe.send(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+def prepare(
+    model: models.Denoiser, sample: Tensor, timestep: Tensor, *, compiled: bool
+) -> tuple[Callable[[], object], Made]:
+    """Return a captured call, and what is to be said of it."""
     began = time.perf_counter()
-    with reproducible(), lever.settings():
-        for _ in range(2):
-            torch._dynamo.reset()
-            call = torch.compile(model, fullgraph=True, dynamic=False) if lever.compiled else model
-            outputs += [call(sample, timestep).clone() for _ in range(2)]
-        seconds = time.perf_counter() - began
-        replay = captured(lambda: call(sample, timestep))
-    return replay, all(torch.equal(outputs[0], other) for other in outputs[1:]), seconds
+    call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    outputs = [call(sample, timestep).clone() for _ in range(3)]
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    replay = captured(lambda: call(sample, timestep))
+    torch.cuda.empty_cache()
+    repeats = all(torch.equal(outputs[0], other) for other in outputs[1:])
+    return replay, Made(seconds, repeats, outputs[0].float().cpu().numpy())
+
+
+def in_float32(model: models.Denoiser, sample: Tensor, timestep: Tensor) -> Any:
+    """The output of the model of the same weights in float32."""
+    wide = model.to(torch.float32, copy.deepcopy(model.unet).float())
+    output = wide(sample.float(), timestep).cpu().numpy()
+    del wide
+    torch.cuda.empty_cache()
+    return output
+
+
+def arithmetic(model: models.Denoiser, sample: Tensor, timestep: Tensor) -> dict[str, float]:
+    """Floating point operations of a call's products, by kind."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(sample, timestep)
+    counted = dict.fromkeys(_KINDS, 0.0)
+    for operator, flops in counter.get_flop_counts()["Global"].items():
+        counted[_kind(str(operator), 1)] += flops
+    return counted
+
+
+def profile(replay: Callable[[], object], calls: int = 10) -> dict[str, float]:
+    """Microseconds of the kernels of a call, by kind."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            replay()
+        torch.cuda.synchronize()
+    spent = dict.fromkeys(_KINDS, 0.0)
+    for event in profiler.key_averages():
+        spent[_kind(event.key, 0)] += event.self_device_time_total / calls
+    return spent
+
+
+def _kind(name: str, column: int) -> str:
+    """What a kernel or an operator belongs to."""
+    return next(
+        kind
+        for kind, parts in _KINDS.items()
+        if any(part in name.lower() for part in parts[column])
+    )
+
+
+def seconds_of(replay: Callable[[], object], least: float) -> float:
+    """Seconds of a call, over about `least` seconds of them."""
+
+    def measure(calls: int) -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            replay()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / calls
+
+    return measure(max(1, int(least / measure(2))))

@@ -1,0 +1,55 @@
+"""Levers are timed on a GPU only; how they are told apart, and what fails, is seen anywhere."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks import levers
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("triton_poi_fused__scaled_dot_product_attention_convolution_3", "norms, activations"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolutions"),
+        ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized>", "convol"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNT", "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "matrix products"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+    ],
+)
+def test_kernels_are_told_apart(kernel, kind):
+    assert levers._kind(kernel, 0).startswith(kind)
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("aten._scaled_dot_product_flash_attention", "attention"),
+        ("aten.convolution", "convolutions"),
+        ("aten.addmm", "matrix products"),
+        ("aten.bmm", "matrix products"),
+    ],
+)
+def test_operators_are_told_apart(operator, kind):
+    assert levers._kind(operator, 1) == kind
+
+
+def test_a_lever_that_fails_is_named_and_left_out(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    output = np.ones(3, np.float32)
+    shipped = SimpleNamespace(made=levers.Made(0.0, True, output), expected=output + 0.1)
+    with levers.Contender("sd15-small", "fused QKV") as contender:
+        assert not contender.agrees(shipped)
+    assert "sd15-small, fused QKV: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("distance", "agrees"), [(0.14, True), (0.2, False)])
+def test_a_lever_is_as_near_to_float32_as_the_shipped_call(distance, agrees):
+    expected = np.zeros(3, np.float32)
+    shipped = SimpleNamespace(made=levers.Made(0.0, True, expected + 0.1), expected=expected)
+    contender = levers.Contender("sd15-small", "fused QKV")
+    contender.made = levers.Made(0.0, True, expected - distance)
+    assert contender.agrees(shipped) == agrees
