@@ -3,10 +3,10 @@
 
 First where the call's time goes: the kernels of each kind, with the rate at which the model's
 arithmetic of that kind is done. Then the levers. Each is the call that a Sampler captures with one
-thing changed, in a process of its own: they compile beside each other, and are timed in turns with
-the call as shipped while the others wait. A lever must stay as near to the float32 model as the
-shipped call, and is of use only if the bits stay: the call repeats itself, and of those that pay, a
-second process that compiles from nothing gives the same.
+thing changed, in a process of its own: as many as the memory takes compile beside each other, and
+are then timed in turns with the call as shipped. A lever must stay as near to the float32 model as
+the shipped call, and is of use only if the bits stay: the call repeats itself, and of those that
+pay, a second process that compiles from nothing gives the same. The most promising come first.
 
 The fused layers of training are tried without a compiler: what it would do to them, they have done.
 """
@@ -21,7 +21,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ PAYS = 1.005
 SPREAD = 1.5
 """How much farther than the shipped call a lever may be from the float32 model: all round alike, in
 other places."""
-PLACE = 8.0
+PLACE = {"sd15": 4.0, "sdxl": 10.0}
 """GiB that a process may need."""
 
 
@@ -89,25 +90,24 @@ class Lever(NamedTuple):
 SHIPPED = "as shipped"
 LEVERS = {
     SHIPPED: Lever(),
+    "fused QKV": Lever(fused_qkv),
     "fused layers, captured only": Lever(fused, compiled=False),
     "fused layers and QKV, captured only": Lever(
         lambda unet: (fused_qkv(unet), fused(unet)), compiled=False
-    ),
-    "fused QKV": Lever(fused_qkv),
-    "cuDNN attention": Lever(settings=attention(SDPBackend.CUDNN_ATTENTION)),
-    "flash attention": Lever(settings=attention(SDPBackend.FLASH_ATTENTION)),
-    "contiguous memory": Lever(contiguous),
-    "freezing": Lever(settings=config(freezing=True)),
-    "benchmarking allowed": Lever(settings=config(deterministic=False)),
-    "1x1 convolutions as products": Lever(settings=config(conv_1x1_as_mm=True)),
-    "coordinate descent": Lever(
-        settings=config(deterministic=False, coordinate_descent_tuning=True)
     ),
     "max-autotune products": Lever(
         settings=config(
             deterministic=False, max_autotune_gemm=True, max_autotune_gemm_backends="ATEN,TRITON"
         )
     ),
+    "coordinate descent": Lever(
+        settings=config(deterministic=False, coordinate_descent_tuning=True)
+    ),
+    "cuDNN attention": Lever(settings=attention(SDPBackend.CUDNN_ATTENTION)),
+    "flash attention": Lever(settings=attention(SDPBackend.FLASH_ATTENTION)),
+    "freezing": Lever(settings=config(freezing=True)),
+    "1x1 convolutions as products": Lever(settings=config(conv_1x1_as_mm=True)),
+    "contiguous memory": Lever(contiguous),
 }
 _KINDS = {
     # the first that has a part of a kernel's name, and of the operators whose arithmetic it does
@@ -123,34 +123,37 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
     """Yield rows for each model, or those named: of every lever, and of the kinds of kernels."""
     if device != "cuda":
         raise SystemExit("benchmarks: levers are tried on a GPU: --device cuda")
-    places = int(torch.cuda.get_device_properties(0).total_memory / 2**30 / PLACE)
-    levers = [label for label in LEVERS if label != SHIPPED]
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    rounds = 3 if quick else 9
     for name in ("sd15", "sdxl"):
         if only and name not in only:
             continue
+        # besides the shipped one and its float32 model
+        together = max(1, int(memory / PLACE[name]) - 2)
+        paying: dict[str, Made] = {}
         with Contender(name, SHIPPED) as shipped:
-            # the float32 model needs a place, too
-            together = max(1, places - 2)
-            for first in range(0, len(levers), together):
-                labels = levers[first : first + together]
-                yield from lever_rows(name, labels, shipped, 3 if quick else 9)
+            labels = [label for label in LEVERS if label != SHIPPED]
+            for lever in compiled(name, labels, shipped, together):
+                row = lever.row(*lever.against(shipped, rounds))
+                if row.ratios[SHIPPED] > PAYS:
+                    paying[lever.label] = lever.made
+                yield row
             yield from kind_rows(name, shipped)
+            for twin in compiled(name, list(paying), shipped, together):
+                yield twin.bits_row(paying[twin.label])
 
 
-def lever_rows(name: str, labels: Sequence[str], shipped: Contender, rounds: int) -> Iterator[Row]:
-    """Yield rows of levers that are compiled beside each other."""
-    with contextlib.ExitStack() as stack:
-
-        def start(labels: Iterable[str]) -> list[Contender]:
-            """Those that compile, when all of them have done so."""
-            started = [stack.enter_context(Contender(name, label)) for label in labels]
-            return [contender for contender in started if contender.agrees(shipped)]
-
-        gains = {lever: lever.against(shipped, rounds) for lever in start(labels)}
-        paying = (lever.label for lever, (gain, _) in gains.items() if gain > PAYS)
-        twins = {twin.label: twin for twin in start(paying)}
-        for lever, (gain, microseconds) in gains.items():
-            yield lever.row(gain, microseconds, twins.get(lever.label))
+def compiled(
+    name: str, labels: Sequence[str], shipped: Contender, together: int
+) -> Iterator[Contender]:
+    """Yield the levers that compile, while no other does: so many at a time, which then wait."""
+    for first in range(0, len(labels), together):
+        with contextlib.ExitStack() as stack:
+            started = [
+                stack.enter_context(Contender(name, label))
+                for label in labels[first : first + together]
+            ]
+            yield from [contender for contender in started if contender.agrees(shipped)]
 
 
 def kind_rows(name: str, shipped: Contender) -> Iterator[Row]:
@@ -243,11 +246,8 @@ class Contender:
         gain = statistics.median(theirs / ours for theirs, ours in times)
         return gain, statistics.median(ours for _, ours in times) * 1e6
 
-    def row(self, gain: float, microseconds: float, twin: Contender | None) -> Row:
+    def row(self, gain: float, microseconds: float) -> Row:
         bits = "repeats its bits" if self.made.repeats else "DOES NOT REPEAT ITS BITS"
-        if twin is not None:
-            same = np.array_equal(twin.made.output, self.made.output)
-            bits += ", in another process, too" if same else ", ANOTHER PROCESS HAS OTHERS"
         return Row(
             case=f"{self.name}, batch 2, {self.label} ({bits}; ready in {self.made.seconds:.0f} s)",
             metric="GPU time of a model call",
@@ -255,6 +255,17 @@ class Contender:
             ours=microseconds,
             rivals={SHIPPED: gain * microseconds},
             ratios={SHIPPED: gain},
+        )
+
+    def bits_row(self, other: Made) -> Row:
+        """A row that compares it with another process of the same lever."""
+        return Row(
+            case=f"{self.name}, batch 2, {self.label}, in another process",
+            metric="share of the output with the same bits",
+            unit="",
+            ours=float((self.made.output == other.output).mean()),
+            rivals={},
+            ratios={},
         )
 
 
@@ -265,6 +276,7 @@ def contend(pipe: Connection, name: str, label: str, folder: str) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     # all compile at once
     inductor.compile_threads = 4
+    warnings.simplefilter("ignore")
     try:
         model = models.denoiser(name, 2, "cuda", torch.bfloat16)
         sample = models.latents(name, 2, "cuda").bfloat16()
