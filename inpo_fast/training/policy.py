@@ -133,13 +133,19 @@ def lora(
 
 
 def shard(model: nn.Module, blocks: Sequence[str]) -> None:
-    """Spread frozen weights over the processes (FSDP2), block by block, as the policy's are."""
+    """Spread a reference's weights over the processes (FSDP2), block by block, as the policy's are.
+
+    Every process keeps those that `full` left in float32, the few of norms: FSDP2 takes one dtype
+    where weights have a gradient, as `compile_model` lets those of a reference have.
+    """
     from torch.distributed.fsdp import fully_shard
 
+    dtype = max(model.parameters(), key=Tensor.numel).dtype
+    whole = {p for p in model.parameters() if p.dtype != dtype}
     for module in model.modules():
         if type(module).__name__ in blocks:
-            fully_shard(module)
-    fully_shard(model)
+            fully_shard(module, ignored_params=whole)
+    fully_shard(model, ignored_params=whole)
 
 
 def fuse_layers(model: nn.Module, device: torch.device, *, sharded: bool) -> None:

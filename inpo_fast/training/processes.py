@@ -29,8 +29,9 @@ def make_accelerator(config: PreferenceConfig) -> Any:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 
-    # accelerate keeps precision and device of its first Accelerator; every trainer has its own
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    # accelerate keeps precision, device and distribution of its first Accelerator, and of FSDP's
+    # plugin nothing but that there was one; every trainer has its own
+    AcceleratorState._reset_state(reset_partial_state=True)
     report = None if config.report_to == "none" else config.report_to
     try:
         accelerator = Accelerator(

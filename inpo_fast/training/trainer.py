@@ -139,7 +139,7 @@ class PreferenceTrainer:
             policy.checkpoint_activations(self.model.denoiser)
         sharded = accelerator.state.distributed_type == "FSDP"
         # a LoRA shares its frozen weights with the reference
-        networks.as_trained = config.compile == "blocks" and config.rank is None and not sharded
+        networks.as_trained = config.compile == "blocks" and config.rank is None
         for module in (trained, networks.reference):
             if module is not None and config.fused_layers:
                 policy.fuse_layers(module, accelerator.device, sharded=sharded)

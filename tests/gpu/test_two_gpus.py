@@ -18,14 +18,7 @@ from tests.gpu.trainings import BLOCKS, save_model, without_measuring
 from tests.training import two_processes
 
 ROOT = Path(__file__).parents[2]
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
-}
-"""What `accelerate launch` would set."""
-KINDS = {"ddp": {}, "fsdp": FSDP, "compiled": FSDP}
+KINDS = {"ddp": {}, "fsdp": two_processes.FSDP, "compiled": two_processes.FSDP}
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 

@@ -43,8 +43,7 @@ def main() -> None:
             changes = {**changes, **FAST[kind]}
             two_processes.train(root, f"fast-{name}-{kind}", BATCH, **changes)
     else:
-        changes = {"compile": "blocks", "latents": "q_sample", **ROUNDED["full"]}
-        two_processes.train(root, f"rounded-full-{kind}", BATCH, **changes)
+        two_processes.train(root, f"rounded-full-{kind}", BATCH, **two_processes.COMPILED)
     assert torch.distributed.get_backend() in ("nccl", "cuda:nccl,cpu:gloo")
     torch.distributed.destroy_process_group()
 

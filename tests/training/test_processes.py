@@ -1,6 +1,7 @@
 """Two processes that share the pairs are one process with all of them: DDP and FSDP2, over gloo."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,20 +19,20 @@ from inpo_fast.training import step as training_step
 from inpo_fast.training.config import ConfigError
 from inpo_fast.training.processes import make_accelerator
 from inpo_fast.training.weights import LORA
+from tests.gpu.trainings import BLOCKS, save_model
 
 from . import tiny, two_processes
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("processes")
-    tiny.save_pipeline(root / "model")
+def launch(root, *arguments):
+    """Run two_processes.py."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", "-m", "tests.training.two_processes", str(root), "2"),
+            *("--nproc_per_node", "2", "-m", "tests.training.two_processes"),
+            *(str(root), "2", *arguments),
         ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
@@ -39,6 +40,13 @@ def folder(tmp_path_factory):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("processes")
+    tiny.save_pipeline(root / "model")
+    launch(root)
     return root
 
 
@@ -63,6 +71,14 @@ def test_processes_resume_with_the_same_bits(folder, kind):
         assert all(torch.equal(again[key], value) for key, value in whole.items())
     ranks = sorted(path.name for path in (folder / f"lora-{kind}-2/checkpoint-2").glob("random*"))
     assert ranks == ["random_states_0.pkl", "random_states_1.pkl"]
+
+
+def test_compiled_blocks_are_sharded_and_start_as_the_reference(tmp_path):
+    save_model(tmp_path / "model", **BLOCKS)
+    launch(tmp_path, "compiled")
+    (first,) = torch.load(tmp_path / "compiled.pt")["history"]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), first
+    assert first["accuracy"] == 0.5
 
 
 def test_no_process_waits_for_one_that_could_not_write(folder):

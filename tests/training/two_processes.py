@@ -1,22 +1,21 @@
 """What test_processes.py runs under `accelerate launch`: trainings whose processes share the pairs.
 
-Arguments: folder, pairs of a process and micro-batch.
+Arguments: folder, pairs of a process and micro-batch, and "compiled" for what is compiled.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
-from torch.distributed.fsdp import fully_shard
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 import inpo_fast.training.step
 import inpo_fast.training.trainer
@@ -24,6 +23,14 @@ from inpo_fast.training.leaving import leave
 from inpo_fast.training.optimization import TrainingError
 from inpo_fast.training.trainer import PreferenceTrainer
 from tests.training import tiny
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
+}
+"""What `accelerate launch` would set."""
 
 
 def measure_nothing() -> None:
@@ -38,20 +45,16 @@ def whole(tensor):
 
 
 def shard_on_cpu() -> None:
-    """accelerate has FSDP2 on accelerators only: do with gloo what its `prepare` does."""
+    """accelerate has FSDP2 on accelerators only: let it take these processes for those of one."""
+    os.environ.update(FSDP)
+    begin = PartialState.__init__
 
-    def prepare(self, model, optimizer):
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        order = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-        fully_shard(model)
-        sharded = dict(model.named_parameters())
-        for group, names in zip(optimizer.param_groups, order, strict=True):
-            group["params"] = [sharded[name] for name in names]
-        return model, SimpleNamespace(optimizer=optimizer)
+    def begin_as_gpus(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
 
-    Accelerator.prepare = prepare
-    # gradients may be reduced at every backward: the sum of means is the mean of sums
-    Accelerator.no_sync = lambda self, model: contextlib.nullcontext()
+    PartialState.__init__ = begin_as_gpus
 
 
 def train(root: Path, name: str, batch: int, **changes) -> PreferenceTrainer:
@@ -100,10 +103,14 @@ def assert_alike(one, two) -> None:
 def main() -> None:
     root, batch = Path(sys.argv[1]), int(sys.argv[2])
     measure_nothing()
-    run_cases(root, f"ddp-{batch}", batch, CASES)
-    shard_on_cpu()
-    run_cases(root, f"fsdp-{batch}", batch, {name: CASES[name] for name in ("full", "lora")})
-    fail_to_write(root, batch)
+    if "compiled" in sys.argv:
+        shard_on_cpu()
+        train(root, "compiled", batch, max_train_steps=1, **COMPILED)
+    else:
+        run_cases(root, f"ddp-{batch}", batch, CASES)
+        shard_on_cpu()
+        run_cases(root, f"fsdp-{batch}", batch, {name: CASES[name] for name in ("full", "lora")})
+        fail_to_write(root, batch)
     torch.distributed.destroy_process_group()
 
 
@@ -137,6 +144,7 @@ CASES = {
     "kto": {"loss_type": "kto"},
     "lora": {"rank": 2},
 }
+COMPILED = {"compile": "blocks", "latents": "q_sample", "mixed_precision": "bf16"}
 
 
 def run_cases(root: Path, suffix: str, batch: int, cases) -> None:
