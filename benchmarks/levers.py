@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What could make the model call itself faster, tried one by one on the compiled model at batch 2.
 
-First where the call's time goes: the kernels of each kind, with the rate at which the model's
-arithmetic of that kind is done. Then the levers. Each is the call that a Sampler captures with one
-thing changed, in a process of its own: as many as the memory takes compile beside each other, and
-are then timed in turns with the call as shipped. A lever must stay as near to the float32 model as
-the shipped call, and is of use only if the bits stay: the call repeats itself, and of those that
-pay, a second process that compiles from nothing gives the same. The most promising come first.
+Each lever is the call that a Sampler captures with one thing changed, in a process of its own: as
+many as the memory takes compile beside each other, and are then timed in turns with the call as
+shipped. A lever must stay as near to the float32 model as the shipped call, and is of use only if
+the bits stay: the call repeats itself, and of those that pay, a second process that compiles from
+nothing gives the same. Those whose kernels are tuned come last, as they take longest. Other rows
+say where the time of the shipped call goes: the kernels of each kind, with the rate at which the
+model's arithmetic of that kind is done.
 
 The fused layers of training are tried without a compiler: what it would do to them, they have done.
 """
@@ -85,6 +86,8 @@ class Lever(NamedTuple):
     change: Change = nothing
     settings: Settings = contextlib.nullcontext
     compiled: bool = True
+    tuned: bool = False
+    """Whether kernels are chosen by timing them, which takes many minutes."""
 
 
 SHIPPED = "as shipped"
@@ -95,19 +98,20 @@ LEVERS = {
     "fused layers and QKV, captured only": Lever(
         lambda unet: (fused_qkv(unet), fused(unet)), compiled=False
     ),
-    "max-autotune products": Lever(
-        settings=config(
-            deterministic=False, max_autotune_gemm=True, max_autotune_gemm_backends="ATEN,TRITON"
-        )
-    ),
-    "coordinate descent": Lever(
-        settings=config(deterministic=False, coordinate_descent_tuning=True)
-    ),
     "cuDNN attention": Lever(settings=attention(SDPBackend.CUDNN_ATTENTION)),
     "flash attention": Lever(settings=attention(SDPBackend.FLASH_ATTENTION)),
     "freezing": Lever(settings=config(freezing=True)),
     "1x1 convolutions as products": Lever(settings=config(conv_1x1_as_mm=True)),
     "contiguous memory": Lever(contiguous),
+    "coordinate descent": Lever(
+        settings=config(deterministic=False, coordinate_descent_tuning=True), tuned=True
+    ),
+    "max-autotune products": Lever(
+        settings=config(
+            deterministic=False, max_autotune_gemm=True, max_autotune_gemm_backends="ATEN,TRITON"
+        ),
+        tuned=True,
+    ),
 }
 _KINDS = {
     # the first that has a part of a kernel's name, and of the operators whose arithmetic it does
@@ -132,13 +136,15 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
         together = max(1, int(memory / PLACE[name]) - 2)
         paying: dict[str, Made] = {}
         with Contender(name, SHIPPED) as shipped:
-            labels = [label for label in LEVERS if label != SHIPPED]
-            for lever in compiled(name, labels, shipped, together):
-                row = lever.row(*lever.against(shipped, rounds))
-                if row.ratios[SHIPPED] > PAYS:
-                    paying[lever.label] = lever.made
-                yield row
-            yield from kind_rows(name, shipped)
+            for tuned in (False, True):
+                labels = [x for x, lever in LEVERS.items() if x != SHIPPED and lever.tuned == tuned]
+                for lever in compiled(name, labels, shipped, together):
+                    row = lever.row(*lever.against(shipped, rounds))
+                    if row.ratios[SHIPPED] > PAYS:
+                        paying[lever.label] = lever.made
+                    yield row
+                if not tuned:
+                    yield from kind_rows(name, shipped)
             for twin in compiled(name, list(paying), shipped, together):
                 yield twin.bits_row(paying[twin.label])
 
