@@ -10,14 +10,15 @@ uniform t.
 A seed decides order, timesteps, noise, prompts and start noise. Intervals are Student's of 95 %
 over seeds, of the difference from the base on the same prompts. Equal time is the time that the
 fastest method takes for all its steps; the curves are read there by linear interpolation. Time is
-of training alone, from its first batch on, and counts no measurement. A row holds the numbers of
-every seed, so the file has the whole curves. Beside it lies a picture of them.
+steps by the seconds of one, which are measured for every method before anything is trained, at the
+mean depth of its inversions, with nothing beside it. A row holds the numbers of every seed, so the
+file has the whole curves. Beside it lies a picture of them.
 
-With ``--device cuda`` every GPU that is visible has a process, and on the CPU there are as many as
-it has cores for torch's threads (``OMP_NUM_THREADS=1``: one a core). The trainings go to whichever
-is free, so times stay comparable. Methods come in the order of what matters most. An interrupt
-(``timeout -s INT 240 python -m benchmarks.run align …``) ends the run with equal time over the
-methods that are complete.
+With ``--device cuda`` every GPU that is visible has four processes, and on the CPU there are as
+many as it has cores for torch's threads (``OMP_NUM_THREADS=1``: one a core). The trainings go to
+whichever is free. Methods come in the order of what matters most. An interrupt (``timeout -s INT
+240 python -m benchmarks.run align …``) ends the run with equal time over the methods that are
+complete.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ import signal
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -43,10 +43,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import training_loop
 from benchmarks.common import Row
 from inpo_fast.demo.align import _stable_diffusion
 from inpo_fast.demo.pipeline import Pipeline, load
 from inpo_fast.demo.preferences import load_pairs
+from inpo_fast.determinism import reproducible_training
 from inpo_fast.shipped import model_path, preferences_path, reader, scenes
 from inpo_fast.training import (
     MemoryPairs,
@@ -91,27 +93,43 @@ class Settings:
     guidance: float = 3.0
     learning_rate: float = 2e-4
     first_timestep: int = 500
+    least: float = 2.0
+    """Seconds that the steps of a method are timed for."""
 
 
 QUICK = Settings(
-    seeds=(0, 1), stops=(1, 2), pairs=4, table=8, prompts=4, sample_steps=2, learning_rate=1e-3
+    seeds=(0, 1),
+    stops=(1, 2),
+    pairs=4,
+    table=8,
+    prompts=4,
+    sample_steps=2,
+    learning_rate=1e-3,
+    least=0.0,
 )
+_PER_GPU = 4
+"""Processes of a GPU: most of a training is launching small kernels."""
 
 
 class Point(NamedTuple):
     """A model on the way."""
 
     steps: float
-    seconds: float
     accuracy: float
     moved: float
 
 
 @dataclass
 class Curves:
-    """[seed][point] of a method; the first point is the base."""
+    """[seed][point] of a method, the first of them the base, and the seconds of a step."""
 
     points: list[list[Point]]
+    step: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return self.points[0][-1].steps * self.step
 
     def at_stop(self, index: int) -> list[Point]:
         return [curve[index] for curve in self.points]
@@ -121,7 +139,7 @@ class Curves:
         return [
             Point(
                 *(
-                    float(np.interp(seconds, [p.seconds for p in curve], values))
+                    float(np.interp(seconds / self.step, [p.steps for p in curve], values))
                     for values in zip(*curve, strict=True)
                 )
             )
@@ -168,7 +186,7 @@ class Exam:
 
 
 class Bench:
-    """The model, the pairs and the exams on one device, warmed up."""
+    """The model, the pairs and the exams on one device."""
 
     def __init__(self, device: str, settings: Settings) -> None:
         if device.startswith("cuda"):
@@ -177,24 +195,73 @@ class Bench:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.settings = settings
         self.pipeline = pipeline = load(model_path(), device)
-        with torch.no_grad():
-            self.exams = {seed: Exam(pipeline, settings, seed) for seed in settings.seeds}
+        self._exams: dict[int, Exam] = {}
         pairs = load_pairs(preferences_path(), pipeline, settings.table, 0)
         self.data = MemoryPairs(
             torch.stack([pairs.winners, pairs.losers], dim=1).cpu(),
             None,
             {"prompt_embeds": pairs.text.cpu()},
         )
-        # what the first steps of a process take longer belongs to no method
-        self.train("inpo", settings.seeds[0], settings.stops[:1])
+
+    @torch.no_grad()
+    def exam(self, seed: int) -> Exam:
+        if seed not in self._exams:
+            self._exams[seed] = Exam(self.pipeline, self.settings, seed)
+        return self._exams[seed]
 
     def base(self, seed: int) -> Point:
-        return Point(0, 0.0, *self.exams[seed].measure(self.pipeline.unet))
+        return Point(0, *self.exam(seed).measure(self.pipeline.unet))
 
-    def train(self, name: str, seed: int, stops: Sequence[int] | None = None) -> list[Point]:
-        """The points of a method after each of `stops` steps, by default the settings'."""
-        stops = self.settings.stops if stops is None else stops
-        return train(self.pipeline, self.data, name, self.settings, seed, self.exams[seed], stops)
+    def train(self, name: str, seed: int) -> list[Point]:
+        """Train a copy of the UNet; the points of a method after each of the settings' stops."""
+        points: list[Point] = []
+        exam, stops = self.exam(seed), self.settings.stops
+        with self._trainer(name, seed) as trainer:
+
+            def advance() -> None:
+                if trainer.step in stops:
+                    points.append(Point(trainer.step, *exam.measure(trainer.policy)))
+
+            trainer.train(advance)
+        return points
+
+    def seconds_of_step(self, name: str) -> float:
+        """Of an optimiser step of a method at the mean depth of its inversions."""
+        settings, device = self.settings, str(self.pipeline.device)
+        with self._trainer(name, settings.seeds[0]) as trainer, reproducible_training():
+            loader = trainer.data.loader(trainer.order, device=self.pipeline.device)
+
+            def step(number: int) -> None:
+                trainer.learner.learn(next(loader), number, last=True)
+                trainer.stepper.step()
+
+            numbers = training_loop.micro_steps(trainer.learner, settings.pairs)
+            for number, _ in numbers:
+                # the first steps take longer
+                step(number)
+            return training_loop.seconds_of_steps(step, numbers, device, least=settings.least)
+
+    @contextmanager
+    def _trainer(self, name: str, seed: int) -> Iterator[PreferenceTrainer]:
+        settings, steps = self.settings, self.settings.stops[-1]
+        with tempfile.TemporaryDirectory() as folder:
+            config = PreferenceConfig(
+                output_dir=folder,
+                first_timestep=settings.first_timestep,
+                proportion_empty_prompts=0.0,
+                max_train_steps=steps,
+                train_batch_size=settings.pairs,
+                learning_rate=settings.learning_rate,
+                lr_scheduler="constant",
+                lr_warmup_steps=0,
+                checkpointing_steps=steps + 1,
+                logging_steps=steps,
+                mixed_precision="no",
+                use_cpu=self.pipeline.device.type == "cpu",
+                seed=seed,
+                **METHODS[name],
+            )
+            yield PreferenceTrainer(config, _stable_diffusion(self.pipeline), self.data)
 
 
 @contextmanager
@@ -249,23 +316,28 @@ def _call(method: str, *given: Any) -> Any:
     return getattr(_bench, method)(*given)
 
 
+def room(device: str) -> int:
+    """How many trainings there are at a time."""
+    if device == "cuda":
+        return torch.cuda.device_count() * _PER_GPU
+    return max(1, cores() // torch.get_num_threads())
+
+
 def rows(
     device: str, quick: bool, only: Sequence[str], processes: int | None = None
 ) -> Iterator[Row]:
     """Yield rows of the base, of each method (or those named) at each stop, and at equal time.
 
     Args:
-        processes: trainings at a time; by default as many as there are GPUs, or as many as have
-            cores for their threads.
+        processes: trainings at a time; by default as many as there is `room` for.
     """
     if unknown := set(only) - set(METHODS):
         raise SystemExit(f"benchmarks: --only takes {', '.join(METHODS)}, got {sorted(unknown)}")
     settings = QUICK if quick else Settings()
     chosen = [name for name in METHODS if not only or name in only]
-    if processes is None:
-        gpus = torch.cuda.device_count() if device == "cuda" else 0
-        processes = gpus or max(1, cores() // torch.get_num_threads())
-    with benches(device, settings, processes) as run:
+    with benches(device, settings, 1) as run:
+        steps = dict(zip(chosen, run("seconds_of_step", chosen), strict=True))
+    with benches(device, settings, processes or room(device)) as run:
         seeds = settings.seeds
         base_points = run("base", seeds)
         trained = run("train", *zip(*product(chosen, seeds), strict=True))
@@ -278,9 +350,11 @@ def rows(
         curves: dict[str, Curves] = {}
         try:
             for name in chosen:
-                curves[name] = curve = Curves([[point, *next(trained)] for point in base])
-                for index, steps in enumerate(settings.stops, 1):
-                    yield from _rows_at(f"{name}, {steps} steps", start, curve.at_stop(index))
+                points = [[point, *next(trained)] for point in base]
+                curves[name] = curve = Curves(points, steps[name])
+                for index, stop in enumerate(settings.stops, 1):
+                    found = curve.at_stop(index)
+                    yield from _rows_at(f"{name}, {stop} steps", start, found, curve.step)
         except KeyboardInterrupt:
             # what is there can be compared
             curves.pop(name, None)
@@ -290,72 +364,16 @@ def rows(
 
 def _equal_time(curves: Mapping[str, Curves], base: list[float]) -> Iterator[Row]:
     """Yield rows of all methods at the seconds that the fastest takes for all its steps."""
-    budget = min(
-        (min(p.seconds for p in curve.at_stop(-1)) for curve in curves.values()), default=0.0
-    )
+    budget = min((curve.seconds for curve in curves.values()), default=0.0)
     for name, curve in curves.items():
         case = f"{name}, {budget:.2f} s of training"
-        yield from _rows_at(case, base, curve.at_time(budget))
+        yield from _rows_at(case, base, curve.at_time(budget), curve.step)
 
 
-def train(
-    pipeline: Pipeline,
-    data: MemoryPairs,
-    name: str,
-    settings: Settings,
-    seed: int,
-    exam: Exam,
-    stops: Sequence[int],
-) -> list[Point]:
-    """Train a copy of the UNet and measure it after each of `stops` steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = PreferenceConfig(
-            output_dir=folder,
-            first_timestep=settings.first_timestep,
-            proportion_empty_prompts=0.0,
-            max_train_steps=stops[-1],
-            train_batch_size=settings.pairs,
-            learning_rate=settings.learning_rate,
-            lr_scheduler="constant",
-            lr_warmup_steps=0,
-            checkpointing_steps=stops[-1] + 1,
-            logging_steps=stops[-1],
-            mixed_precision="no",
-            use_cpu=pipeline.device.type == "cpu",
-            seed=seed,
-            **METHODS[name],
-        )
-        trainer = PreferenceTrainer(config, _stable_diffusion(pipeline), data)
-        points: list[Point] = []
-        seconds, began = 0.0, time.perf_counter()
-
-        def advance() -> None:
-            nonlocal seconds, began
-            if trainer.step not in stops:
-                return
-            _synchronize(pipeline)
-            seconds += time.perf_counter() - began
-            points.append(Point(trainer.step, seconds, *exam.measure(trainer.policy)))
-            _synchronize(pipeline)
-            began = time.perf_counter()
-
-        _synchronize(pipeline)
-        began = time.perf_counter()
-        trainer.train(advance)
-    return points
-
-
-def _synchronize(pipeline: Pipeline) -> None:
-    if pipeline.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _rows_at(case: str, base: list[float], points: list[Point]) -> Iterator[Row]:
+def _rows_at(case: str, base: list[float], points: list[Point], step: float) -> Iterator[Row]:
     """Rows of a point of every seed, which they hold, too, so that nothing of a curve is lost."""
-    told = {
-        name: statistics.mean(getattr(p, name) for p in points) for name in ("steps", "seconds")
-    }
-    told |= {f"seconds of seed {i}": p.seconds for i, p in enumerate(points)}
+    steps = points[0].steps
+    told = {"steps": steps, "seconds": steps * step, "seconds of a step": step}
     right, moved = [p.accuracy for p in points], [p.moved for p in points]
     yield _row(case, "attributes right", "%", base, right, told)
     yield _row(case, "moved", "squared error", [0.0] * len(moved), moved, told)
