@@ -8,6 +8,7 @@ native kernels refuse is the same (``csrc``), in fewer words and in a fraction o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,6 +177,16 @@ def check_frac_bits(frac_bits: int) -> None:
         raise ValueError(f"frac_bits must be in 1..{MAX_FRAC_BITS}, got {frac_bits}")
 
 
+def check_written(name: str, tensor: Tensor) -> None:
+    """Refuse to write where elements share memory, as those of an expanded tensor do."""
+    if not tensor.is_contiguous() and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{name} must not be expanded: its elements share memory and each is written; clone it"
+        )
+
+
 def check_no_grad(reason: str, **tensors: Tensor | None) -> None:
     """Refuse tensors that require grad where no gradient is defined, rather than drop it."""
     if requires_grad(*tensors.values()):
@@ -318,12 +329,29 @@ def _check_backward(
     check_weights("b", b, "theta", theta, dtypes)
 
 
-_VARIANTS = ("update", "inverse", "update_", "inverse_")
+def _written(check: Callable[..., None], *names: str) -> Callable[..., None]:
+    """The check of an operator that writes into its first arguments."""
+
+    def checked(*arguments: Any) -> None:
+        check(*arguments)
+        for name, tensor in zip(names, arguments, strict=False):
+            check_written(name, tensor)
+
+    return checked
+
+
+_VARIANTS = ("update", "inverse")
 
 CHECKS: dict[str, Callable[..., None]] = {
     **{f"affine_{variant}": _check_affine for variant in _VARIANTS},
+    **{f"affine_{variant}_": _written(_check_affine, "x") for variant in _VARIANTS},
     **{f"lattice_{variant}": _check_lattice for variant in _VARIANTS},
+    **{f"lattice_{variant}_": _written(_check_lattice, "z") for variant in _VARIANTS},
     **{f"lattice_scaled_{variant}": _check_lattice_scaled for variant in _VARIANTS},
+    **{
+        f"lattice_scaled_{variant}_": _written(_check_lattice_scaled, "z", "buffer")
+        for variant in _VARIANTS
+    },
     "lattice_encode": _check_encode,
     "lattice_decode": _check_decode,
     "preference_errors": _check_errors,

@@ -201,3 +201,27 @@ def test_the_native_kernel_survives_a_direct_call_with_wrong_tensors(native, nam
     for arguments in calls[name]:
         with pytest.raises(RuntimeError):
             OPS[name](*arguments)
+
+
+@pytest.mark.parametrize("impl", ["native", "reference", "auto"])
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("affine_update", "x"),
+        ("affine_inverse", "x"),
+        ("lattice_update", "z"),
+        ("lattice_inverse", "z"),
+        ("lattice_scaled_update", "z"),
+        ("lattice_scaled_update", "buffer"),
+        ("lattice_scaled_inverse", "buffer"),
+    ],
+)
+def test_expanded_tensors_are_read_but_not_written(name, written, impl):
+    arguments = valid(name.replace("inverse", "update"))
+    arguments[written] = arguments[written][:1].clone().expand(S)
+    out = getattr(ops, name)(**arguments, impl=impl)
+    assert (out[0] if isinstance(out, tuple) else out).shape == S
+    before = {key: value.clone() for key, value in arguments.items()}
+    with pytest.raises(ValueError, match=f"^{written} must not be expanded"):
+        getattr(ops, f"{name}_")(**arguments, impl=impl)
+    assert all(torch.equal(value, before[key]) for key, value in arguments.items())
