@@ -250,8 +250,14 @@ def _open_path(path: Path, split: str | None) -> IndexedSource:
         _no_split(path, split)
         state = json.loads((path / "state.json").read_text())
         return TableFiles([path / file["filename"] for file in state["_data_files"]], str(path))
-    for suffix in (".parquet", ".arrow"):
-        if files := sorted(path.rglob(f"*{suffix}")):
+    tables = {suffix: sorted(path.rglob(f"*{suffix}")) for suffix in (".parquet", ".arrow")}
+    if all(tables.values()):
+        raise DataError(
+            f"{path} must hold .parquet or .arrow files, and holds both: name one of the files, or "
+            "a folder with one kind"
+        )
+    for files in tables.values():
+        if files:
             return TableFiles(_of_split(path, files, split), str(path))
     raise DataError(
         f"{path} must hold .parquet or .arrow files, w/ and l/, or win/ and lose/; it holds "

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from inpo_fast.cli import main
+from inpo_fast.shipped import model_path
 from inpo_fast.training.config import ConfigError, PreferenceConfig
 from inpo_fast.training.optimization import check_schedule
 
@@ -206,8 +207,6 @@ def test_a_missing_column_is_named(capsys, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from inpo_fast.shipped import model_path
-
     pq.write_table(pa.table({"jpg_0": [b""], "caption": ["a"]}), tmp_path / "pairs.parquet")
     status = main(
         [
@@ -223,6 +222,7 @@ def test_a_missing_column_is_named(capsys, tmp_path):
     ("flags", "message"),
     [
         (["--output_dir", __file__], "output_dir must be a folder, and"),
+        (["--output_dir", str(model_path())], "output_dir must not be the folder of a pipeline"),
         (["--lr_scheduler", "cosin"], "lr_scheduler must be one of linear, cosine"),
         (["--lr_scheduler", "piecewise_constant"], "lr_scheduler must be one of linear, cosine"),
         (["--max_train_steps", "1"], "lr_warmup_steps=100 leaves a run of 1 optimiser steps at a"),

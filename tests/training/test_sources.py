@@ -287,6 +287,13 @@ def test_what_cannot_be_opened(prepare, message, tmp_path):
         open_source(target)
 
 
+def test_files_of_two_kinds(tmp_path):
+    samples.write_parquet(tmp_path / "some.parquet", ROWS)
+    write_arrow(tmp_path / "others.arrow", ROWS, "file")
+    with pytest.raises(DataError, match="must hold .parquet or .arrow files, and holds both"):
+        open_source(tmp_path)
+
+
 def test_files_with_different_columns(tmp_path):
     samples.write_parquet(tmp_path / "a.parquet", ROWS)
     other = [{"prompt": "a", "chosen": b"", "rejected": b""}]
