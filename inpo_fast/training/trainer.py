@@ -67,9 +67,7 @@ class PreferenceTrainer:
             raise ConfigError(f"output_dir must be a folder, and {self.folder} is a file")
         if (self.folder / "model_index.json").exists():
             # whose denoiser the result would replace
-            raise ConfigError(
-                f"output_dir must not be the folder of a pipeline, got {self.folder}: choose another"
-            )
+            raise ConfigError(f"output_dir must not be the folder of a pipeline, got {self.folder}")
         check_schedule(config, config.max_train_steps)
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit, accelerator)
         resume = self.checkpoints.resolve(config.resume_from_checkpoint)

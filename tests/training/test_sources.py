@@ -290,7 +290,7 @@ def test_what_cannot_be_opened(prepare, message, tmp_path):
 def test_files_of_two_kinds(tmp_path):
     samples.write_parquet(tmp_path / "some.parquet", ROWS)
     write_arrow(tmp_path / "others.arrow", ROWS, "file")
-    with pytest.raises(DataError, match="must hold .parquet or .arrow files, and holds both"):
+    with pytest.raises(DataError, match="files, and holds both: name one"):
         open_source(tmp_path)
 
 
