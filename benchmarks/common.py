@@ -151,6 +151,17 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
+def seconds_of_call(function: Callable[[], object], calls: int, device: str) -> float:
+    """Return seconds for one of so many calls in a row."""
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
+    synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
 Times = dict[str, list[float]]
 
 
@@ -167,20 +178,10 @@ def interleaved(
     slows down or is shared slows down everyone. Who takes more than half a second for one call is
     timed in the first three rounds only.
     """
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
-
-    def measure(function: Callable[[], object], calls: int) -> float:
-        synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            function()
-        synchronize()
-        return (time.perf_counter() - begin) / calls
-
     calls, slow = {}, set()
     for name, function in contenders.items():
-        measure(function, 1)
-        once = measure(function, 1)
+        seconds_of_call(function, 1, device)
+        once = seconds_of_call(function, 1, device)
         calls[name] = max(1, min(10_000, int(seconds / max(once, 1e-9))))
         if once > 0.5:
             slow.add(name)
@@ -188,7 +189,7 @@ def interleaved(
     for i in range(rounds):
         for name, function in contenders.items():
             if i < 3 or name not in slow:
-                times[name].append(measure(function, calls[name]))
+                times[name].append(seconds_of_call(function, calls[name], device))
     return times
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import models
-from benchmarks.common import Row, captured
+from benchmarks.common import Row, captured, seconds_of_call
 from inpo_fast.determinism import reproducible
 
 Change = Callable[[nn.Module], Any]
@@ -299,7 +299,8 @@ def contend(pipe: Connection, name: str, label: str, folder: str) -> None:
             elif question == "profile":
                 pipe.send((profile(replay), arithmetic(model, sample, timestep)))
             else:
-                pipe.send(seconds_of(replay, question))
+                calls = max(1, int(question / seconds_of_call(replay, 2, "cuda")))
+                pipe.send(seconds_of_call(replay, calls, "cuda"))
     except EOFError:
         return
     except Exception as error:
@@ -363,17 +364,3 @@ def _kind(name: str, column: int) -> str:
         for kind, parts in _KINDS.items()
         if any(part in name.lower() for part in parts[column])
     )
-
-
-def seconds_of(replay: Callable[[], object], least: float) -> float:
-    """Seconds of a call, over about `least` seconds of them."""
-
-    def measure(calls: int) -> float:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(calls):
-            replay()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - began) / calls
-
-    return measure(max(1, int(least / measure(2))))

@@ -97,6 +97,15 @@ inline void check_like(const Tensor& t, const Tensor& x, const Device& device) {
         "expected tensors of one shape");
 }
 
+// Elements of an expanded tensor share memory.
+inline void check_written(const Tensor& t) {
+  if (t.numel() == 0) return;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    check(sizes[i] <= 1 || strides[i] != 0, "expected tensors to write to that are not expanded");
+  }
+}
+
 inline void check_dtype(const Tensor& t, ScalarType dtype) {
   if (dtype_of(t) != dtype) {
     refuse(std::string("expected dtype ") + torch::headeronly::toString(dtype));

@@ -46,6 +46,7 @@ Tensor run_affine(const Tensor& x, const Tensor& y, const OptionalTensor& m1,
   check_dtype(y, dtype);
   check_outputs(m1, m2, x, device, wide);
   check_dtype(coef, wide ? ScalarType::Double : ScalarType::Float);
+  if constexpr (kInPlace) check_written(x);
   int32_t* word = status ? status_word(*status, device) : nullptr;
 
   const Constants rows(coef, x, 4, device);
@@ -99,6 +100,7 @@ std::tuple<Tensor, Tensor> run_lattice(const Tensor& z, const Tensor* buffer, co
   check_dtype(y, ScalarType::Int);
   check_outputs(m1, m2, z, device, false);
   check_dtype(coef, ScalarType::Float);
+  if constexpr (kInPlace) check_written(z);
   int32_t* word = status_word(status, device);
 
   const Constants rows(coef, z, 4, device);
@@ -107,6 +109,7 @@ std::tuple<Tensor, Tensor> run_lattice(const Tensor& z, const Tensor* buffer, co
     check_like(*buffer, z, device);
     check_dtype(*buffer, ScalarType::Long);
     check_dtype(*ratio, ScalarType::Long);
+    if constexpr (kInPlace) check_written(*buffer);
     ratios.emplace(*ratio, z, 4, device);
   }
   const bool by_sample = rows.by_sample() || (ratios && ratios->by_sample());

@@ -77,14 +77,10 @@ def _call(
     ``apply`` gets the kernels of the backend, by name, and calls them in place of the operator.
     """
     compiling = torch.compiler.is_compiling()
-    written = WRITTEN[name]
     try:
         backend = resolve(impl, arguments[0].device)
         if compiling or backend != "native":
             check.CHECKS[name](*arguments)
-        else:
-            for tensor in arguments[:written]:
-                check.check_written("a tensor that is written to", tensor)
         kernels = (KERNELS if compiling else EAGER)[backend]
         result = kernels[name](*arguments) if apply is None else apply(kernels)
     except Exception:
@@ -95,6 +91,7 @@ def _call(
         raise
     # Kernels write past autograd, which is told here: a backward that has saved what has changed
     # must refuse, not go on with other values. The compiler does it by itself.
+    written = WRITTEN[name]
     if written and not compiling:
         increment_version(arguments[:written])
     return result

@@ -225,3 +225,16 @@ def test_expanded_tensors_are_read_but_not_written(name, written, impl):
     with pytest.raises(ValueError, match=f"^{written} must not be expanded"):
         getattr(ops, f"{name}_")(**arguments, impl=impl)
     assert all(torch.equal(value, before[key]) for key, value in arguments.items())
+
+
+@pytest.mark.parametrize("written", ["z", "buffer"])
+def test_a_direct_call_writes_to_no_expanded_tensor(written):
+    arguments = valid("lattice_scaled_update")
+    arguments[written] = arguments[written][:1].clone().expand(S)
+    named = ("z", "buffer", "y", "m1", "m2", "coef", "ratio")
+    before = arguments["z"].clone()
+    with pytest.raises(RuntimeError, match="not expanded"):
+        torch.ops.inpo_fast.lattice_scaled_update_(
+            *(arguments[name] for name in named), 16, arguments["status"]
+        )
+    assert torch.equal(arguments["z"], before)
