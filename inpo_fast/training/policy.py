@@ -148,6 +148,22 @@ def shard(model: nn.Module, blocks: Sequence[str]) -> None:
     fully_shard(model, ignored_params=whole)
 
 
+def gather_on_demand(model: nn.Module) -> None:
+    """Let no module of a sharded model (FSDP2) gather another's weights ahead in a backward.
+
+    It would those of the module before it in the forward. Before the first adapter of a LoRA that
+    one has no backward, so that nobody uses what it gathers, and FSDP2 (torch 2.11 to 2.13) takes
+    the memory back without waiting for the other processes: an event of CUDA is waited for by a
+    stream of no backend, which does nothing. Whatever is gathered next may be overwritten.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # an empty list would mean the default; its own weights are there already
+            module.set_modules_to_backward_prefetch([module])
+
+
 def fuse_layers(model: nn.Module, device: torch.device, *, sharded: bool) -> None:
     """Let a UNet compute its norms and gates by `layers`; no name of a weight changes.
 

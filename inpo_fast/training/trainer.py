@@ -168,6 +168,8 @@ class PreferenceTrainer:
             raise ConfigError("cuda_graphs needs whole weights on every process, got sharded ones")
         if self.sharded and networks.reference is not None:
             policy.shard(networks.reference, self.model.family.blocks)
+        if self.sharded and config.rank is not None:
+            policy.gather_on_demand(networks.policy)
         self.stepper = Stepper(
             self.optimizer, accelerator.scaler, config.max_grad_norm, sharded=self.sharded
         )

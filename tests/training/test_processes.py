@@ -74,6 +74,14 @@ def test_processes_resume_with_the_same_bits(folder, kind):
     assert ranks == ["random_states_0.pkl", "random_states_1.pkl"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("case", ["full", "lora"])
+def test_fsdp_gathers_nothing_that_is_not_used(folder, case, rank):
+    """Whose memory would be taken back while other processes still write into it."""
+    gathered, used = json.loads((folder / f"gathered-{case}-{rank}.json").read_text())
+    assert gathered == used > 0
+
+
 def test_compiled_blocks_are_sharded_and_start_as_the_reference(tmp_path):
     save_model(tmp_path / "model", **BLOCKS)
     launch(tmp_path, "compiled")

@@ -109,9 +109,21 @@ def main() -> None:
     else:
         run_cases(root, f"ddp-{batch}", batch, CASES)
         shard_on_cpu()
-        run_cases(root, f"fsdp-{batch}", batch, {name: CASES[name] for name in ("full", "lora")})
+        cases = {name: CASES[name] for name in ("full", "lora")}
+        run_cases(root, f"fsdp-{batch}", batch, cases)
+        for name, changes in cases.items():
+            count_gathered(root, f"gathered-{name}", batch, **changes)
         fail_to_write(root, batch)
     torch.distributed.destroy_process_group()
+
+
+def count_gathered(root: Path, name: str, batch: int, **changes) -> None:
+    """Note how often weights were gathered, and used, by what FSDP2 calls it in a profile."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run = train(root, name, batch, **changes)
+    done = [event.name.split(" ")[0] for event in profiler.events()]
+    counts = [done.count(name) for name in ("FSDP::all_gather", "FSDP::all_gather_copy_out")]
+    (root / f"{name}-{run.accelerator.process_index}.json").write_text(json.dumps(counts))
 
 
 def fail_to_write(root: Path, batch: int) -> None:
