@@ -3,7 +3,7 @@
 
 The trainer repeats its bits. cuDNN, torch's first choice on Hopper, does not: its backward adds in
 the order in which blocks finish. torch's own way out is FlashAttention, and the trainer's is the
-backward of `inpo_fast.training.attention_kernels`, after cuDNN's forward. Before it is timed, a
+backward of `inpo_fast.layers.attention_kernels`, after cuDNN's forward. Before it is timed, a
 backward must repeat its bits and be as near to float64 as FlashAttention's. Rows named "tiles" try
 how the kernels are cut up.
 """
@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import Row, captured, interleaved, median_us
 from inpo_fast.determinism import deterministic_gradients
-from inpo_fast.training import attention_kernels as kernels
-from inpo_fast.training.attention import DeterministicAttention, output_and_logs
+from inpo_fast.layers import attention_kernels as kernels
+from inpo_fast.layers.attention import DeterministicAttention, output_and_logs
 
 
 class Shape(NamedTuple):

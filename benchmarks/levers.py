@@ -55,9 +55,9 @@ def nothing(unet: nn.Module) -> None:
 
 def fused(unet: nn.Module) -> None:
     """Norms and gates as Triton kernels."""
-    from inpo_fast.training.layers import fuse
+    from inpo_fast.layers import fuse_layers
 
-    fuse(unet)
+    fuse_layers(unet)
 
 
 def fused_qkv(unet: Any) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.common import Row, captured
-from inpo_fast import NoiseSchedule, Program, Sampler, State, bdia
+from inpo_fast import NoiseSchedule, Program, Sampler, State, bdia, fuse_layers
 from inpo_fast.schedule import scaled_linear_alphas_cumprod
 
 STEPS = 50
@@ -43,16 +43,47 @@ class Timed(NamedTuple):
 
 
 def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
-    """Yield rows for each model and batch, or for those named like "sd15, batch 1"."""
+    """Yield rows for each model and batch, or for those named like "sd15, batch 1" or, of what
+    needs no compiler, "sd15, batch 1, fused layers"."""
     if device != "cuda":
         raise SystemExit("benchmarks: the loop is measured on a GPU: --device cuda")
     steps = 4 if quick else STEPS
     for name, batch in CASES:
-        if only and f"{name}, batch {batch}" not in only:
-            continue
-        yield from case_rows(name, batch, steps)
-        torch._dynamo.reset()
-        release()
+        case = f"{name}, batch {batch}"
+        if not only or f"{case}, fused layers" in only:
+            yield from fused_rows(name, batch, steps)
+            release()
+        if not only or case in only:
+            yield from case_rows(name, batch, steps)
+            torch._dynamo.reset()
+            release()
+
+
+def fused_rows(name: str, batch: int, steps: int) -> Iterator[Row]:
+    """Yield the rows of a model whose layers are fused, and which nothing compiles."""
+    label = f"{name}, batch {batch}, {steps} + {steps} steps, fused layers, no compiler"
+    model = models.denoiser(name, 2 * batch, "cuda", torch.bfloat16)
+    z = models.latents(name, batch, "cuda")
+    there, back = programs(steps)
+    rival = timed(diffusers_round_trip(model, z, steps), 1)
+    release()
+    fuse_layers(model.unet)
+    began = time.perf_counter()
+    invert, sample = (bound(model, program, compile="graph") for program in (there, back))
+    exact = sample.run(invert.run(z)).equal(invert.start(z))
+    first = time.perf_counter() - began
+    if not exact:
+        raise AssertionError(f"{label}: the bits did not return")
+    ours = timed(lambda: sample.run(invert.run(z)), 3 if name == "sdxl" else 5)
+    yield row(f"{label}, against diffusers", ours, {"diffusers": rival})
+    yield Row(
+        case=f"{label}, first round trip with the loading of kernels",
+        metric="wall clock",
+        unit="s",
+        ours=first,
+        rivals={},
+        ratios={},
+    )
 
 
 def case_rows(name: str, batch: int, steps: int) -> Iterator[Row]:

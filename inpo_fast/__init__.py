@@ -105,6 +105,7 @@ _LAZY = {
     "Inversion": "pipelines",
     "OBELMInverseScheduler": "schedulers",
     "OBELMScheduler": "schedulers",
+    "fuse_layers": "layers",
     "invert": "pipelines",
 }
 
@@ -117,8 +118,9 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(__name__):
             raise
+        extra = "triton" if error.name == "triton" else "diffusers"
         raise ModuleNotFoundError(
-            f'inpo_fast.{name} needs the package {error.name}: pip install "inpo-fast[diffusers]"',
+            f'inpo_fast.{name} needs the package {error.name}: pip install "inpo-fast[{extra}]"',
             name=error.name,
         ) from error
 

@@ -58,8 +58,9 @@ class Sampler:
         frac_bits: K, lattice resolution 2^−K and range ±2^(31−K).
         impl: backend of the operators, see `inpo_fast.ops`.
         compile: True compiles the model (`fullgraph`) and, on a GPU, captures CUDA graphs; "graph"
-            only captures, for a model of which the caller has compiled what is worth it, such as
-            `unet.compile_repeated_blocks(fullgraph=True)`, which takes a fraction of the time.
+            only captures, for a model that needs no compiler (`fuse_layers(unet)`, about as fast,
+            ready in seconds) or of which the caller has compiled what is worth it, such as
+            `unet.compile_repeated_blocks(fullgraph=True)`.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.

@@ -164,3 +164,11 @@ def test_a_lazy_name_says_which_package_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers.configuration_utils", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "inpo-fast\[diffusers\]"'):
         _ = inpo_fast.BDIAScheduler
+
+
+def test_fused_layers_need_triton(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("inpo_fast.layers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "inpo-fast\[triton\]"'):
+        _ = inpo_fast.fuse_layers

@@ -101,13 +101,15 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _switches(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What changes the model without changing a weight: adapters on and off, FreeU."""
+    """What changes the model without changing a weight: adapters on and off, FreeU, kernels."""
     for name, part in module.named_modules():
         freeu = {
             k: v for k in ("s1", "s2", "b1", "b2") if (v := getattr(part, k, None)) is not None
         }
         if freeu:
             yield name, repr(freeu)
+        if getattr(part, "is_fused", False):
+            yield name, "fused"
         if hasattr(part, "active_adapters") and hasattr(part, "scaling"):
             merged = getattr(part, "merged_adapters", [])
             off = getattr(part, "disable_adapters", False)

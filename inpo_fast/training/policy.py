@@ -179,9 +179,9 @@ def fuse_layers(model: nn.Module, device: torch.device, *, sharded: bool) -> Non
         resolve("triton", device)
     except ValueError as error:
         raise ConfigError(f"fused_layers needs Triton: {error}") from error
-    from .layers import fuse
+    from .. import layers
 
-    if not fuse(model, channels_last=not sharded):
+    if not layers.fuse_layers(model, channels_last=not sharded):
         raise ConfigError("fused_layers needs a UNet of diffusers, got a model without its blocks")
 
 

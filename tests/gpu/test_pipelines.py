@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from inpo_fast import Inversion, invert
+from inpo_fast import Inversion, fuse_layers, invert
 from tests.pipelines import tiny
 from tests.pipelines.test_untouched import modules, picture, same
 
@@ -169,6 +169,24 @@ def test_captured_graphs_give_the_same_bits(cuda, name, dtype):
     assert torch.equal(edited(captured), edited(plain))
     # each edit has a capture of its own, with its own conditioning
     assert torch.equal(edited(captured, guidance_scale=5.0), edited(plain, guidance_scale=5.0))
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_fused_layers_come_back_to_the_bit(cuda, tmp_path, name, dtype):
+    pipe = build(name, dtype, cuda)
+    stock = inverted(pipe)
+    assert fuse_layers(pipe.unet) > 10
+    plain, captured = inverted(pipe), inverted(pipe, compile="graph")
+    assert_exact(captured)
+    assert captured.state.equal(plain.state) and not captured.state.equal(stock.state)
+    # both round to 16 bits, in other places
+    exact = inverted(build(name, torch.float32, cuda)).latents
+    assert (captured.latents - exact).norm() <= 4 * (stock.latents - exact).norm()
+    captured.save(tmp_path / "inversion.safetensors")
+    loaded = Inversion.load(tmp_path / "inversion.safetensors", pipe)
+    assert loaded.reconstruct().bits_equal
+    assert torch.equal(edited(loaded), edited(captured))
 
 
 def one_resolution(dtype, device):

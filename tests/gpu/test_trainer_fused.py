@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from inpo_fast.determinism import deterministic_gradients, reproducible_training
-from inpo_fast.training import attention, layers
+from inpo_fast.layers import attention
+from inpo_fast.layers import modules as layers
 from tests.gpu.trainings import (
     assert_resumed_run_is_whole,
     assert_steps_do_not_wait,
@@ -127,7 +128,7 @@ def test_the_gradient_of_long_attention_repeats():
 
     torch.manual_seed(0)
     block = Transformer2DModel(8, 40, 320, cross_attention_dim=64).cuda()
-    layers.fuse(block)
+    layers.fuse_layers(block)
     x, text = torch.randn(2, 320, 64, 64).cuda(), torch.randn(2, 77, 64).cuda()
 
     def gradients():

@@ -30,12 +30,12 @@ def test_interpreted(part):
 
 def test_where_there_are_no_kernels_torch_computes(monkeypatch):
     """A pipeline that was trained goes on being one, on any device, and can be trained again."""
-    layers = pytest.importorskip("inpo_fast.training.layers")
+    layers = pytest.importorskip("inpo_fast.layers.modules")
     monkeypatch.setattr(layers.functions, "INTERPRETED", False)
     unet = tiny.with_trained_norms(tiny.unet()).eval()
     fused = copy.deepcopy(unet)
-    count = layers.fuse(fused, channels_last=False)
-    assert count == layers.fuse(fused, channels_last=False) > 10
+    count = layers.fuse_layers(fused, channels_last=False)
+    assert count == layers.fuse_layers(fused, channels_last=False) > 10
     rng = torch.Generator().manual_seed(0)
     x, text = torch.randn(2, 4, 8, 8, generator=rng), torch.randn(2, 3, tiny.WIDTH, generator=rng)
 
@@ -53,10 +53,10 @@ def test_where_there_are_no_kernels_torch_computes(monkeypatch):
 
 def test_blocks_are_found_by_the_names_of_their_classes():
     """As accelerate and `policy.shard` look for what FSDP2 shards together."""
-    layers = pytest.importorskip("inpo_fast.training.layers")
+    layers = pytest.importorskip("inpo_fast.layers.modules")
     unet = tiny.unet()
     names = [type(module).__name__ for module in unet.modules() if module is not unet.conv_act]
-    layers.fuse(unet)
+    layers.fuse_layers(unet)
     assert [type(m).__name__ for m in unet.modules() if m is not unet.conv_act] == names
     again = pickle.loads(pickle.dumps(unet))
     assert [type(module) for module in again.modules()] == [type(m) for m in unet.modules()]
@@ -64,10 +64,10 @@ def test_blocks_are_found_by_the_names_of_their_classes():
 
 @pytest.mark.parametrize("module", [torch.nn.GroupNorm(2, 4), torch.nn.LayerNorm(4)])
 def test_float64_is_not_rounded(module):
-    layers = pytest.importorskip("inpo_fast.training.layers")
+    layers = pytest.importorskip("inpo_fast.layers.modules")
     x = torch.randn(3, 4, dtype=torch.float64)
     expected = module.double()(x)
-    layers.fuse(module)
+    layers.fuse_layers(module)
     assert torch.equal(module(x), expected)
 
 
@@ -98,7 +98,7 @@ CONSTANTS = {
 
 
 def test_every_kernel_is_listed():
-    kernels = pytest.importorskip("inpo_fast.training.layer_kernels")
+    kernels = pytest.importorskip("inpo_fast.layers.kernels")
     assert {name for name in vars(kernels) if name.endswith("_kernel")} == set(CONSTANTS)
 
 
@@ -109,19 +109,18 @@ def test_no_kernel_spills(name, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from inpo_fast.training import layer_kernels as kernels
-    from inpo_fast.training import layer_launch
+    from inpo_fast.layers import kernels, launch
     from tests.ops.test_triton_compiles import CAPABILITIES, usage
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(kernels, name)
     fixed = {"PIXELS": kernels.PIXELS, "CHANNELS": kernels.CHANNELS, "ROWS": kernels.ROWS}
-    fixed |= dict(zip(("GATES", "GATED_ROWS"), layer_launch._GATE_TILE, strict=True))
+    fixed |= dict(zip(("GATES", "GATED_ROWS"), launch._GATE_TILE, strict=True))
     for capability in CAPABILITIES:
         for half, given in itertools.product(("bf16", "fp32"), CONSTANTS[name]):
             constants = fixed | given
             if "width" in given:
-                tile = layer_launch._row_tile(given["width"])
+                tile = launch._row_tile(given["width"])
                 constants |= dict(zip(("TILE_ROWS", "WIDTH"), tile, strict=True))
             signature, values, attributes = {}, {}, {}
             for i, argument in enumerate(kernel.arg_names):

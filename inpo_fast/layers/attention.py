@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import attention_kernels as kernels
-from . import layer_functions as functions
+from . import functions
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 from inpo_fast.determinism import deterministic_gradients
-from inpo_fast.training import PreferenceTrainer, attention, layer_launch, layers, policy
+from inpo_fast.layers import attention, launch
+from inpo_fast.layers import modules as layers
+from inpo_fast.training import PreferenceTrainer, policy
 from tests.training import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -29,7 +31,7 @@ def twins(module):
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     fused = copy.deepcopy(module)
-    layers.fuse(fused)
+    layers.fuse_layers(fused)
     return module, fused, copy.deepcopy(module).double()
 
 
@@ -110,7 +112,7 @@ def test_a_single_row():
     [(nn.GroupNorm(4, 8), (0, 8, 3, 3)), (nn.LayerNorm(8), (2, 0, 8)), (GEGLU(8, 4), (0, 8))],
 )
 def test_nothing(module, shape):
-    layers.fuse(module)
+    layers.fuse_layers(module)
     results = gradients(module, lambda module, x: module(x), torch.empty(shape))
     assert all(not result.any() for result in results)
     assert results[1].shape == shape
@@ -118,13 +120,13 @@ def test_nothing(module, shape):
 
 def test_blocks_of_nothing():
     block = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=12, groups=4).eval()
-    layers.fuse(block)
+    layers.fuse_layers(block)
     results = gradients(
         block, lambda module, *given: module(*given), image(0, 8, 3, 3), image(0, 12)
     )
     assert results[0].shape == (0, 16, 3, 3) and not any(result.any() for result in results)
     transformer = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval()
-    layers.fuse(transformer)
+    layers.fuse_layers(transformer)
     call = lambda module, x, text: module(x, encoder_hidden_states=text)  # noqa: E731
     results = gradients(transformer, call, image(0, 6, 16), image(0, 3, 12))
     assert results[0].shape == (0, 6, 16) and not any(result.any() for result in results)
@@ -156,8 +158,8 @@ def test_layer_norm_of_a_sum():
 
 
 def test_layer_norm_with_more_rows_than_programs_have_tiles(monkeypatch):
-    monkeypatch.setattr(layer_launch, "PROGRAMS", 2)
-    monkeypatch.setattr(layer_launch, "TILE", 16)
+    monkeypatch.setattr(launch, "PROGRAMS", 2)
+    monkeypatch.setattr(launch, "TILE", 16)
     x = image(11, 8)
     assert_as_good(nn.LayerNorm(8), lambda norm, x: norm(x), x, classes=["FusedLayerNorm"])
 
@@ -190,7 +192,7 @@ def test_free_u_writes_into_what_a_block_returns():
     def call(module, x, text):
         return module(x, torch.tensor([3, 700]), text, return_dict=False)[0]
 
-    layers.fuse(fused := copy.deepcopy(unet))
+    layers.fuse_layers(fused := copy.deepcopy(unet))
     found = gradients(fused, call, image(2, 4, 8, 8), text)
     expected = gradients(unet, call, image(2, 4, 8, 8), text)
     # float32 in other orders of summation
@@ -207,7 +209,7 @@ def test_deterministic_attention(monkeypatch):
     )
     torch.manual_seed(0)
     stock = Attention(16, 12, heads=2, dim_head=8, out_bias=True)
-    layers.fuse(fused := copy.deepcopy(stock))
+    layers.fuse_layers(fused := copy.deepcopy(stock))
     assert type(fused) is layers.FusedAttention
     exact = copy.deepcopy(stock).double()
     given = (image(3, 70, 16), image(3, 7, 12))
@@ -232,7 +234,7 @@ def test_deterministic_attention(monkeypatch):
 
 def test_checkpointed_activations_give_the_same_gradients():
     unet = tiny.with_trained_norms(tiny.unet()).eval()
-    layers.fuse(unet)
+    layers.fuse_layers(unet)
     given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
     found = []
     for checkpointed in (False, True):
@@ -278,7 +280,7 @@ def test_a_mask_hides_text():
 def test_what_is_given_beside_is_read():
     """Arguments that the fused blocks have no use for go to diffusers' own."""
     block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval()
-    layers.fuse(block)
+    layers.fuse_layers(block)
     x, text = image(2, 6, 16), image(2, 3, 12)
     expected = block(x, encoder_hidden_states=text)
     block.set_chunk_feed_forward(3, dim=1)
@@ -286,14 +288,14 @@ def test_what_is_given_beside_is_read():
     block.attn1.set_processor(lambda attention, x, *_, **__: torch.zeros_like(x))
     assert not torch.allclose(block(x, encoder_hidden_states=text), expected)
     resnet = ResnetBlock2D(in_channels=16, temb_channels=12, groups=8).eval()
-    layers.fuse(resnet)
+    layers.fuse_layers(resnet)
     with pytest.warns(FutureWarning, match="`scale` argument is deprecated"):
         resnet(image(2, 16, 5, 6), image(2, 12), scale=0.5)
 
 
 def test_a_hook_of_a_convolution_is_called():
     block = ResnetBlock2D(in_channels=16, out_channels=32, temb_channels=12, groups=8).eval()
-    layers.fuse(block)
+    layers.fuse_layers(block)
     given = (image(2, 16, 5, 6), image(2, 12))
     expected, called = block(*given), []
     for conv in (block.conv1, block.conv2, block.conv_shortcut):
@@ -304,7 +306,7 @@ def test_a_hook_of_a_convolution_is_called():
 
 def test_a_hook_of_a_norm_is_called():
     block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval()
-    layers.fuse(block)
+    layers.fuse_layers(block)
     x, text = image(2, 6, 16), image(2, 3, 12)
     expected, called = block(x, encoder_hidden_states=text), []
     norms = [block.norm1, block.norm2, block.norm3]
@@ -319,7 +321,7 @@ def test_weights_can_be_offloaded():
     from accelerate import cpu_offload
 
     unet = tiny.with_trained_norms(tiny.unet()).eval()
-    layers.fuse(unet)
+    layers.fuse_layers(unet)
     given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
     with torch.no_grad():
         expected = unet(*given, return_dict=False)[0]
@@ -331,7 +333,7 @@ def test_weights_can_be_offloaded():
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(4)])
 def test_weights_elsewhere_are_not_read(norm):
     """A kernel that was launched before takes any address; torch compares devices, and says so."""
-    layers.fuse(norm)
+    layers.fuse_layers(norm)
     with pytest.raises(RuntimeError, match="device"):
         norm.to("meta")(image(2, 4))
 
@@ -339,7 +341,7 @@ def test_weights_elsewhere_are_not_read(norm):
 def test_a_compiler_sees_torchs_own_layers():
     """It fuses by itself, and cannot look into these kernels."""
     unet = tiny.with_trained_norms(tiny.unet()).eval()
-    layers.fuse(unet)
+    layers.fuse_layers(unet)
     given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
     results = []
     for model in (unet, torch.compile(unet, backend="eager", fullgraph=True)):
@@ -354,7 +356,7 @@ def test_a_compiler_sees_torchs_own_layers():
 def test_gradients_of_convolutions_lie_as_their_weights_do():
     """DDP warns where they do not, and copies."""
     block = Transformer2DModel(2, 8, 16, cross_attention_dim=12, norm_num_groups=8)
-    layers.fuse(block)
+    layers.fuse_layers(block)
     block(image(2, 16, 4, 6), image(2, 3, 12), return_dict=False)[0].sum().backward()
     for conv in (block.proj_in, block.proj_out):
         assert conv.weight.grad.stride() == conv.weight.stride()
@@ -369,20 +371,20 @@ def test_one_time_serves_a_batch():
 def test_sums_of_different_shapes_are_refused():
     """The kernels would read beyond the end of the smaller one."""
     block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12).eval()
-    layers.fuse(block)
+    layers.fuse_layers(block)
     with pytest.raises(ValueError, match=r"shape \(1, 6, 16\) .* got \(2, 6, 16\)"):
         block(image(1, 6, 16), encoder_hidden_states=image(2, 3, 12))
     resnet = ResnetBlock2D(
         in_channels=16, out_channels=32, temb_channels=12, groups=8, use_in_shortcut=False
     )
-    layers.fuse(resnet)
+    layers.fuse_layers(resnet)
     with pytest.raises(ValueError, match=r"shape \(2, 16, 5, 6\) .* got \(2, 32, 5, 6\)"):
         resnet(image(2, 16, 5, 6), image(2, 12))
 
 
 def test_the_norm_of_a_sum_of_two_dtypes_has_the_wider_one():
     norm = nn.LayerNorm(8)
-    layers.fuse(norm)
+    layers.fuse_layers(norm)
     for given in ((image(2, 8).half(), image(2, 8)), (image(2, 8), image(2, 8).half())):
         total, y = norm.add(*given)
         assert total.dtype == y.dtype == torch.float32
@@ -395,7 +397,7 @@ def test_a_reference_beside_adapters_of_convolutions_computes_the_same_bits():
     pair = policy.lora(unet, torch.float32, rank=2, alpha=2, targets=targets, seed=0)
     given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
     for model in pair:
-        layers.fuse(model)
+        layers.fuse_layers(model)
     assert torch.equal(*(model(*given, return_dict=False)[0] for model in pair))
 
 
@@ -412,7 +414,7 @@ def test_a_reference_in_16_bit_computes_the_same_bits():
     given = (x, torch.tensor([3, 700]), text[..., : policy.config.cross_attention_dim])
     outputs = []
     for module in (policy, reference):
-        layers.fuse(module)
+        layers.fuse_layers(module)
         # not bfloat16, to which the interpreter truncates
         with torch.autocast("cpu", torch.float16):
             outputs.append(module(*given, return_dict=False)[0])
@@ -424,7 +426,7 @@ def test_what_is_not_plain_stays():
     norms = [nn.GroupNorm(2, 4, affine=False), nn.GroupNorm(2, 4)]
     norms[1].bias = None  # as torch 2.13 can make it
     for module in (block, *norms, nn.LayerNorm((2, 3)), nn.LayerNorm(4, bias=False)):
-        layers.fuse(module)
+        layers.fuse_layers(module)
         assert not type(module).__qualname__.startswith("Fused")
 
 
@@ -460,7 +462,7 @@ def test_the_last_norm_rounds_after_its_activation():
     x = 3 * image(2, 8, 16, 16)
     stock = unet.conv_act(unet.conv_norm_out(x)).half()
     names = list(unet.state_dict())
-    layers.fuse(unet)
+    layers.fuse_layers(unet)
     assert list(unet.state_dict()) == names
     # not bfloat16, to which the interpreter truncates
     with torch.autocast("cpu", torch.float16):
@@ -472,7 +474,7 @@ def test_the_last_norm_rounds_after_its_activation():
 
 def test_frozen_weights_get_no_gradient():
     norm = nn.GroupNorm(2, 4).requires_grad_(False)
-    layers.fuse(norm)
+    layers.fuse_layers(norm)
     x = image(1, 4, 3, 3).requires_grad_()
     norm(x).sum().backward()
     assert x.grad is not None
@@ -481,7 +483,7 @@ def test_frozen_weights_get_no_gradient():
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(4)])
 def test_a_bias_alone_can_be_trained(norm):
-    layers.fuse(norm)
+    layers.fuse_layers(norm)
     norm.weight.requires_grad_(False)
     norm(image(1, 4, 4, 4)).sum().backward()
     assert norm.weight.grad is None
@@ -490,14 +492,14 @@ def test_a_bias_alone_can_be_trained(norm):
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(4)])
 def test_weights_are_not_read_beyond_their_end(norm):
-    layers.fuse(norm)
+    layers.fuse_layers(norm)
     with pytest.raises(ValueError, match="input must have 4 channels, got 6"):
         norm(image(1, 6, 6, 6))
 
 
 @pytest.mark.parametrize("module", [nn.GroupNorm(2, 4), nn.LayerNorm(4), GEGLU(4, 2)])
 def test_second_derivatives_are_refused(module):
-    layers.fuse(module)
+    layers.fuse_layers(module)
     x = image(3, 4).requires_grad_()
     (first,) = torch.autograd.grad((module(x) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -510,7 +512,7 @@ def test_blocks_of_other_norms_stay():
 
     block = ResnetBlock2D(in_channels=8, temb_channels=4, groups=4)
     block.norm1 = Norm(4, 8)
-    layers.fuse(block)
+    layers.fuse_layers(block)
     assert type(block) is ResnetBlock2D and type(block.norm1) is Norm
 
 

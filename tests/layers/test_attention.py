@@ -18,7 +18,7 @@ ERRORS = """
 import torch
 from benchmarks.attention import Case, Shape
 from inpo_fast.determinism import deterministic_gradients
-from inpo_fast.training.attention import attention
+from inpo_fast.layers.attention import attention
 
 for shape in {shapes}:
     case = Case(Shape(*shape, 1), "cpu")
@@ -56,7 +56,7 @@ def test_no_kernel_spills(width, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from inpo_fast.training import attention_kernels as kernels
+    from inpo_fast.layers import attention_kernels as kernels
     from tests.ops.test_triton_compiles import CAPABILITIES, usage
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -98,7 +98,7 @@ def test_no_kernel_spills(width, tmp_path, monkeypatch):
 
 
 def test_heads_that_are_too_wide_are_refused():
-    kernels = pytest.importorskip("inpo_fast.training.attention_kernels")
+    kernels = pytest.importorskip("inpo_fast.layers.attention_kernels")
     x = torch.zeros(1, 4, 1, 160, dtype=torch.float16)
     assert kernels.plan_of(160) is None
     with pytest.raises(ValueError, match="no wider than 128, got 160"):
@@ -119,7 +119,7 @@ def test_heads_that_are_too_wide_are_refused():
 )
 def test_torch_attends_to_all_else(changes, deterministic, monkeypatch):
     """What need not repeat its bits, float32, and shapes that the kernels do not take."""
-    module = pytest.importorskip("inpo_fast.training.attention")
+    module = pytest.importorskip("inpo_fast.layers.attention")
     monkeypatch.setattr(module.functions, "has_kernels", lambda x: True)
     monkeypatch.setattr(module.functions, "apply", None)
     given = {"dtype": torch.float16, "width": 8, "tokens": 5, "heads": 2, **changes}
@@ -134,7 +134,7 @@ def test_torch_attends_to_all_else(changes, deterministic, monkeypatch):
 
 
 def test_what_is_wrong_is_torchs_to_say(monkeypatch):
-    module = pytest.importorskip("inpo_fast.training.attention")
+    module = pytest.importorskip("inpo_fast.layers.attention")
     monkeypatch.setattr(module.functions, "has_kernels", lambda x: True)
     query = torch.randn(2, 5, 2, 8).half()
     with deterministic_gradients():

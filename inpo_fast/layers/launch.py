@@ -1,4 +1,4 @@
-"""Launches of `layer_kernels`: outputs and scratch memory are made here, gradients gathered.
+"""Launches of `kernels`: outputs and scratch memory are made here, gradients gathered.
 
 Images are [N, P, C] contiguous, rows [R, W] contiguous, moments and partial sums float32.
 """
@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from ..ops.triton_launch import launch
-from . import layer_kernels as kernels
-from .layer_kernels import CHANNELS, GATES, OPTIONS, PIXELS, PROGRAMS, ROWS, TILE
+from . import kernels
+from .kernels import CHANNELS, GATES, OPTIONS, PIXELS, PROGRAMS, ROWS, TILE
 
 _IMAGE_TILE = (PIXELS, CHANNELS)
 _GATE_TILE = (GATES, TILE // GATES)

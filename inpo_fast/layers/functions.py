@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.triton import INTERPRETED
 from ..ops.triton_launch import on_device_of
-from . import layer_launch as kernels
+from . import launch as kernels
 
 
 def has_kernels(x: Tensor, weight: Tensor | None = None) -> bool:
