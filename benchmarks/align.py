@@ -337,7 +337,8 @@ def rows(
     chosen = [name for name in METHODS if not only or name in only]
     with benches(device, settings, 1) as run:
         steps = dict(zip(chosen, run("seconds_of_step", chosen), strict=True))
-    with benches(device, settings, processes or room(device)) as run:
+    processes = processes or room(device)
+    with benches(device, settings, processes) as run:
         seeds = settings.seeds
         base_points = run("base", seeds)
         trained = run("train", *zip(*product(chosen, seeds), strict=True))

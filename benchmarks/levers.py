@@ -134,10 +134,10 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
             continue
         # besides the shipped one and its float32 model
         together = max(1, int(memory / PLACE[name]) - 2)
-        paying: dict[str, Made] = {}
         with Contender(name, SHIPPED) as shipped:
             for tuned in (False, True):
                 labels = [x for x, lever in LEVERS.items() if x != SHIPPED and lever.tuned == tuned]
+                paying: dict[str, Made] = {}
                 for lever in compiled(name, labels, shipped, together):
                     row = lever.row(*lever.against(shipped, rounds))
                     if row.ratios[SHIPPED] > PAYS:
@@ -145,8 +145,8 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
                     yield row
                 if not tuned:
                     yield from kind_rows(name, shipped)
-            for twin in compiled(name, list(paying), shipped, together):
-                yield twin.bits_row(paying[twin.label])
+                for twin in compiled(name, list(paying), shipped, together):
+                    yield twin.bits_row(paying[twin.label])
 
 
 def compiled(
