@@ -9,7 +9,7 @@ nothing gives the same. Those whose kernels are tuned come last, as they take lo
 say where the time of the shipped call goes: the kernels of each kind, with the rate at which the
 model's arithmetic of that kind is done.
 
-The fused layers of training are tried without a compiler: what it would do to them, they have done.
+Fused layers are tried without a compiler: what it would do to them, they have done.
 """
 
 from __future__ import annotations

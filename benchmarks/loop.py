@@ -9,6 +9,8 @@ the round trip must have returned the bits it began with. Rivals, in the same ru
 * ``float64``: the precision of the official EDICT and BDIA code, two separate passes a step. It is
   timed on a few steps and scaled to the number of calls.
 
+The same with fused layers waits for no compiler, and has diffusers for a rival only.
+
 All times are of whole jobs, synchronised. Memory is the peak of each, weights included.
 """
 
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.common import Row, captured
-from inpo_fast import NoiseSchedule, Program, Sampler, State, bdia, fuse_layers
+from inpo_fast import NoiseSchedule, Program, Sampler, State, bdia
 from inpo_fast.schedule import scaled_linear_alphas_cumprod
 
 STEPS = 50
@@ -61,6 +63,8 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
 
 def fused_rows(name: str, batch: int, steps: int) -> Iterator[Row]:
     """Yield the rows of a model whose layers are fused, and which nothing compiles."""
+    from inpo_fast import fuse_layers
+
     label = f"{name}, batch {batch}, {steps} + {steps} steps, fused layers, no compiler"
     model = models.denoiser(name, 2 * batch, "cuda", torch.bfloat16)
     z = models.latents(name, batch, "cuda")

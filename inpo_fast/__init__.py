@@ -96,7 +96,7 @@ __all__ = [
     "preference_margin",
 ]
 
-# These need diffusers, which is imported with the first one that is asked for.
+# These need diffusers, and `layers` Triton: imported with the first one that is asked for.
 _LAZY = {
     "BDIAInverseScheduler": "schedulers",
     "BDIAScheduler": "schedulers",

@@ -167,6 +167,7 @@ def test_a_lazy_name_says_which_package_it_needs(monkeypatch):
 
 
 def test_fused_layers_need_triton(monkeypatch):
+    pytest.importorskip("diffusers")
     for name in [name for name in sys.modules if name.startswith("inpo_fast.layers")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)

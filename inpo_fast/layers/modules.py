@@ -4,10 +4,11 @@ Under autocast torch computes a norm in float32, writes float32, reads it for th
 that, and reads it again to round it for the next product. Here one kernel does it and rounds at the
 same place. Biases of convolutions, the time embedding and residual sums, for which torch reads and
 writes whole images, are left to the kernel that reads the image next, which does not round what
-torch rounds between them. No graph is compiled, so nothing waits for a compiler, and policy and
-reference, with and without gradient, run the same kernels and have the same bits. Where there are
-no kernels, off the GPU, in float64 or under torch.compile, torch's own layers compute: a pipeline
-that was trained goes anywhere. Modules with hooks, of offloading say, are called as they are.
+torch rounds between them. No graph is compiled, so nothing waits for a compiler, in training and
+in sampling, and policy and reference, with and without gradient, run the same kernels and have the
+same bits. Where there are no kernels, off the GPU, in float64 or under torch.compile, torch's own
+layers compute: a pipeline that was trained goes anywhere. Modules that get hooks later, of
+offloading say, are called with them.
 """
 
 from __future__ import annotations
@@ -33,26 +34,40 @@ def fuse_layers(model: nn.Module, *, channels_last: bool = True) -> int:
 
     With it, a sampler that only captures (`Sampler(compile="graph")`, `invert(compile="graph")`) is
     about as fast as a compiled one, and waits for no compiler. The same weights then give other
-    bits, so an inversion of the one model is refused by the other.
+    bits, so an inversion of the one model is refused by the other. Layers are not unfused again.
 
     Args:
-        model: changed in place; its weights, and their names, stay.
+        model: changed in place; its weights, and their names, stay. Adapters may be there before or
+            come later; offloading, and hooks, later.
         channels_last: whether to lay out the weights of convolutions in that way, too.
 
     Returns:
-        how many modules use the kernels: 0 where it is no UNet of Stable Diffusion's kind.
+        how many modules use the kernels; 0, and nothing is changed, where none fits.
+
+    Raises:
+        ValueError: naming a module that is offloaded, or has hooks. (They keep its `forward`, which
+            the kernels would replace.)
     """
-    for module in model.modules():
+    fitting = []
+    for name, module in model.named_modules():
         rule = _FUSED.get(type(module))
         if rule is not None and rule[1](module):
-            module.__class__ = rule[0]
+            if not _is_bare(module):
+                raise ValueError(
+                    f"fuse_layers must come before hooks and offloading, and {name or 'model'} has "
+                    "them (or had: accelerate keeps its forward)"
+                )
+            fitting.append((module, rule[0]))
+    for module, kind in fitting:
+        module.__class__ = kind
     if isinstance(model, UNet2DConditionModel) and _ends_with_activation(model):
         model.conv_norm_out.__class__ = FusedGroupNormActivation
         model.conv_act = nn.Identity()
-    if channels_last:
+    kinds = tuple(kind for kind, _ in _FUSED.values())
+    count = sum(isinstance(module, kinds) for module in model.modules())
+    if channels_last and count:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fused = tuple(kind for kind, _ in _FUSED.values())
-    return sum(isinstance(module, fused) for module in model.modules())
+    return count
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -294,7 +309,7 @@ _FUSED: dict[type[nn.Module], tuple[type[nn.Module], Any]] = {
 # FSDP2's wrapping, accelerate's and `policy.shard`, looks for blocks by the names of their classes.
 for _stock, (_fused, _) in _FUSED.items():
     _fused.__name__ = _stock.__name__
-    # for the fingerprint of a model, whose bits they change
+    # for whoever compares models, whose bits they change
     _fused.is_fused = True  # type: ignore[attr-defined]
 FusedGroupNormActivation.__name__ = nn.GroupNorm.__name__
 

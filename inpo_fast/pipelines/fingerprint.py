@@ -19,6 +19,7 @@ _STEP = 0x3C6EF372FE94F82A
 """2 K, even and below 2^63."""
 
 _CHUNK = 2**17
+_FUSED = "with fused layers"
 
 
 class Fingerprint(NamedTuple):
@@ -27,7 +28,8 @@ class Fingerprint(NamedTuple):
     Attributes:
         checksum: SHA-256 over class, configuration, adapters and the checksums of all weights and
             buffers.
-        dtypes: of its parameters, to say what is different: the checksum covers them too.
+        dtypes: of its parameters, to say what is different (the checksum covers them too), and
+            whether its layers are fused.
     """
 
     checksum: str
@@ -58,7 +60,7 @@ def fingerprint(module: nn.Module) -> Fingerprint:
 def check_dtypes(
     name: str, made: Mapping[str, Fingerprint], modules: Mapping[str, nn.Module]
 ) -> None:
-    """Refuse models that have been in other dtypes.
+    """Refuse models that have been in other dtypes, or whose layers were or were not fused.
 
     Args:
         name: of what was made with them.
@@ -78,12 +80,17 @@ def check_dtypes(
             f"{', '.join(parts)} in {then}, which the pipeline has in {now}"
             for (then, now), parts in cast.items()
         )
-        raise ValueError(f"{name} was made with {said}: use the same dtype (inpo-fast: --dtype)")
+        remedy = "use the same dtype (inpo-fast: --dtype)"
+        if _FUSED in said:
+            remedy += ", and fuse_layers for both or for neither"
+        raise ValueError(f"{name} was made with {said}: {remedy}")
 
 
 def _dtypes(module: nn.Module) -> str:
     floating = {str(p.dtype) for p in module.parameters() if p.is_floating_point()}
-    return ", ".join(sorted(dtype.removeprefix("torch.") for dtype in floating))
+    told = ", ".join(sorted(dtype.removeprefix("torch.") for dtype in floating))
+    fused = any(getattr(part, "is_fused", False) for part in module.modules())
+    return f"{told} {_FUSED}" if fused else told
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -101,15 +108,13 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _switches(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What changes the model without changing a weight: adapters on and off, FreeU, kernels."""
+    """What changes the model without changing a weight: adapters on and off, FreeU."""
     for name, part in module.named_modules():
         freeu = {
             k: v for k in ("s1", "s2", "b1", "b2") if (v := getattr(part, k, None)) is not None
         }
         if freeu:
             yield name, repr(freeu)
-        if getattr(part, "is_fused", False):
-            yield name, "fused"
         if hasattr(part, "active_adapters") and hasattr(part, "scaling"):
             merged = getattr(part, "merged_adapters", [])
             off = getattr(part, "disable_adapters", False)

@@ -154,7 +154,8 @@ def gather_on_demand(model: nn.Module) -> None:
     It would those of the module before it in the forward. Before the first adapter of a LoRA that
     one has no backward, so that nobody uses what it gathers, and FSDP2 (torch 2.11 to 2.13) takes
     the memory back without waiting for the other processes: an event of CUDA is waited for by a
-    stream of no backend, which does nothing. Whatever is gathered next may be overwritten.
+    stream of no backend, which does nothing. Whatever is gathered next may be overwritten. What it
+    costs: a LoRA's backward waits for each gather, where it would overlap it with computation.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -165,7 +166,7 @@ def gather_on_demand(model: nn.Module) -> None:
 
 
 def fuse_layers(model: nn.Module, device: torch.device, *, sharded: bool) -> None:
-    """Let a UNet compute its norms and gates by `layers`; no name of a weight changes.
+    """`layers.fuse_layers`, or the config's error.
 
     Args:
         device: of the model.
@@ -173,7 +174,8 @@ def fuse_layers(model: nn.Module, device: torch.device, *, sharded: bool) -> Non
             layout only.
 
     Raises:
-        ConfigError: there are no Triton kernels for the device, or nothing of the model fits them.
+        ConfigError: there are no Triton kernels for the device, nothing of the model fits them, or
+            it is offloaded.
     """
     try:
         resolve("triton", device)
@@ -181,7 +183,11 @@ def fuse_layers(model: nn.Module, device: torch.device, *, sharded: bool) -> Non
         raise ConfigError(f"fused_layers needs Triton: {error}") from error
     from .. import layers
 
-    if not layers.fuse_layers(model, channels_last=not sharded):
+    try:
+        count = layers.fuse_layers(model, channels_last=not sharded)
+    except ValueError as error:
+        raise ConfigError(f"fused_layers: {error}") from error
+    if not count:
         raise ConfigError("fused_layers needs a UNet of diffusers, got a model without its blocks")
 
 

@@ -62,6 +62,32 @@ def test_blocks_are_found_by_the_names_of_their_classes():
     assert [type(module) for module in again.modules()] == [type(m) for m in unet.modules()]
 
 
+def test_what_is_offloaded_is_refused_and_left_alone():
+    """Its hooks keep a `forward` that knows nothing of what the kernels are told."""
+    layers = pytest.importorskip("inpo_fast.layers.modules")
+    accelerate = pytest.importorskip("accelerate")
+    unet = tiny.unet()
+    kinds = [type(module) for module in unet.modules()]
+    accelerate.cpu_offload(unet, "cpu")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"must come before hooks and offloading, and .*norm1"):
+            layers.fuse_layers(unet)
+        assert [type(module) for module in unet.modules()] == kinds
+        accelerate.hooks.remove_hook_from_module(unet, recurse=True)
+    unet = tiny.unet()
+    layers.fuse_layers(unet)
+    accelerate.cpu_offload(unet, "cpu")
+    given = torch.randn(1, 4, 8, 8), 7, torch.randn(1, 3, tiny.WIDTH)
+    assert unet(*given).sample.isfinite().all()
+
+
+def test_what_has_no_such_layers_is_left_alone():
+    layers = pytest.importorskip("inpo_fast.layers.modules")
+    transformer = tiny.sd3()
+    assert layers.fuse_layers(transformer) == 0
+    assert transformer.pos_embed.proj.weight.is_contiguous()
+
+
 @pytest.mark.parametrize("module", [torch.nn.GroupNorm(2, 4), torch.nn.LayerNorm(4)])
 def test_float64_is_not_rounded(module):
     layers = pytest.importorskip("inpo_fast.layers.modules")
