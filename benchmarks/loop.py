@@ -68,16 +68,10 @@ def fused_rows(name: str, batch: int, steps: int) -> Iterator[Row]:
     label = f"{name}, batch {batch}, {steps} + {steps} steps, fused layers, no compiler"
     model = models.denoiser(name, 2 * batch, "cuda", torch.bfloat16)
     z = models.latents(name, batch, "cuda")
-    there, back = programs(steps)
     rival = timed(diffusers_round_trip(model, z, steps), 1)
     release()
     fuse_layers(model.unet)
-    began = time.perf_counter()
-    invert, sample = (bound(model, program, compile="graph") for program in (there, back))
-    exact = sample.run(invert.run(z)).equal(invert.start(z))
-    first = time.perf_counter() - began
-    if not exact:
-        raise AssertionError(f"{label}: the bits did not return")
+    invert, sample, first = ready(label, model, z, steps, compile="graph")
     ours = timed(lambda: sample.run(invert.run(z)), 3 if name == "sdxl" else 5)
     yield row(f"{label}, against diffusers", ours, {"diffusers": rival})
     yield Row(
@@ -95,16 +89,8 @@ def case_rows(name: str, batch: int, steps: int) -> Iterator[Row]:
     label = f"{name}, batch {batch}, {steps} + {steps} steps"
     model = models.denoiser(name, 2 * batch, "cuda", torch.bfloat16)
     z = models.latents(name, batch, "cuda")
-    there, back = programs(steps)
-    calls = there.model_calls + back.model_calls
-
-    began = time.perf_counter()
-    invert, sample = (bound(model, program, compile=True) for program in (there, back))
-    exact = sample.run(invert.run(z)).equal(invert.start(z))
-    first = time.perf_counter() - began
-    if not exact:
-        raise AssertionError(f"{label}: the bits did not return")
-
+    calls = sum(program.model_calls for program in programs(steps))
+    invert, sample, first = ready(label, model, z, steps, compile=True)
     repeats = 3 if name == "sdxl" else 5
     ours = timed(lambda: sample.run(invert.run(z)), repeats)
     alone = timed(model_alone(invert, model, z, calls), repeats)
@@ -131,12 +117,7 @@ def case_rows(name: str, batch: int, steps: int) -> Iterator[Row]:
     # What a user waits for before the first result: the whole model, or its repeated blocks only.
     torch._dynamo.reset()
     model.unet.compile_repeated_blocks(fullgraph=True)
-    began = time.perf_counter()
-    invert, sample = (bound(model, program, compile="graph") for program in (there, back))
-    exact = sample.run(invert.run(z)).equal(invert.start(z))
-    blocks = time.perf_counter() - began
-    if not exact:
-        raise AssertionError(f"{label}, blocks: the bits did not return")
+    invert, sample, blocks = ready(f"{label}, blocks", model, z, steps, compile="graph")
     slower = timed(lambda: sample.run(invert.run(z)), repeats)
     yield row(f"{label}, repeated blocks only", slower, {"whole model": ours}, judged=False)
     yield Row(
@@ -162,6 +143,19 @@ def bound(model: Any, program: Program, **options: Any) -> Sampler:
     """A sampler of this benchmark's settings."""
     options = {"model_dtype": torch.bfloat16, "guidance_scale": GUIDANCE, **options}
     return Sampler(model, program, **options)
+
+
+def ready(
+    label: str, model: Any, z: Tensor, steps: int, **options: Any
+) -> tuple[Sampler, Sampler, float]:
+    """Samplers there and back that have brought back the bits, and the seconds until they had."""
+    began = time.perf_counter()
+    invert, sample = (bound(model, program, **options) for program in programs(steps))
+    exact = sample.run(invert.run(z)).equal(invert.start(z))
+    seconds = time.perf_counter() - began
+    if not exact:
+        raise AssertionError(f"{label}: the bits did not return")
+    return invert, sample, seconds
 
 
 def model_alone(sampler: Sampler, model: Any, z: Tensor, calls: int) -> Callable[[], None]:

@@ -152,10 +152,11 @@ def gather_on_demand(model: nn.Module) -> None:
     """Let no module of a sharded model (FSDP2) gather another's weights ahead in a backward.
 
     It would those of the module before it in the forward. Before the first adapter of a LoRA that
-    one has no backward, so that nobody uses what it gathers, and FSDP2 (torch 2.11 to 2.13) takes
-    the memory back without waiting for the other processes: an event of CUDA is waited for by a
-    stream of no backend, which does nothing. Whatever is gathered next may be overwritten. What it
-    costs: a LoRA's backward waits for each gather, where it would overlap it with computation.
+    one has no backward, so that nobody uses what it gathers, and FSDP2 takes the memory back
+    without waiting for the other processes. (It means to, in torch 2.11 to 2.13, but `wait_event`
+    of `torch.accelerator`'s stream does not know of an event of `torch.cuda`.) Whatever is gathered
+    next may be overwritten. What this costs: a LoRA's backward waits for each gather, where it
+    would overlap it with computation.
     """
     from torch.distributed.fsdp import FSDPModule
 
