@@ -5,11 +5,13 @@ Each lever is the call that a Sampler captures with one thing changed, in a proc
 many as the memory takes compile beside each other, and are then timed in turns with the call as
 shipped. A lever must stay as near to the float32 model as the shipped call, and is of use only if
 the bits stay: the call repeats itself, and of those that pay, a second process that compiles from
-nothing gives the same. Those whose kernels are tuned come last, as they take longest. Other rows
-say where the time of the shipped call goes: the kernels of each kind, with the rate at which the
-model's arithmetic of that kind is done.
+nothing gives the same. Those whose kernels are tuned come last, one by one, as they are chosen by
+their times. Other rows say where the time of a call goes, as shipped and by fused layers: the
+kernels of each kind, with the rate at which the model's arithmetic of that kind is done.
 
 Fused layers are tried without a compiler: what it would do to them, they have done.
+
+``--only`` takes ``sd15`` and ``sdxl``, and labels of levers.
 """
 
 from __future__ import annotations
@@ -65,6 +67,30 @@ def fused_qkv(unet: Any) -> None:
     unet.fuse_qkv_projections()
 
 
+class Once(nn.Module):
+    """A layer whose input is always the same, so that it computes only once."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.output = layer, None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.output is None:
+            self.output = self.layer(input)
+        return self.output
+
+
+def text_once(unet: nn.Module) -> None:
+    """Fused layers and QKV, and no step computes the keys and values of the text again."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    fused_qkv(unet)
+    fused(unet)
+    for module in unet.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.attn2.to_kv = Once(module.attn2.to_kv)
+
+
 def contiguous(unet: nn.Module) -> None:
     """Channels first."""
     unet.to(memory_format=torch.contiguous_format)
@@ -73,6 +99,17 @@ def contiguous(unet: nn.Module) -> None:
 def config(**values: object) -> Settings:
     """Compile with other settings of Inductor."""
     return lambda: inductor.patch(**values)
+
+
+def autotuned(conv: str) -> Settings:
+    """Products by the fastest of cuBLAS's and Triton's kernels, and convolutions by that of `conv`,
+    with what follows them in the same kernel where it is Triton's."""
+    return config(
+        deterministic=False,
+        max_autotune_gemm=True,
+        max_autotune_gemm_backends="ATEN,TRITON",
+        max_autotune_conv_backends=conv,
+    )
 
 
 def attention(backend: SDPBackend) -> Settings:
@@ -98,6 +135,7 @@ LEVERS = {
     "fused layers and QKV, captured only": Lever(
         lambda unet: (fused_qkv(unet), fused(unet)), compiled=False
     ),
+    "fused layers and QKV, text once, captured only": Lever(text_once, compiled=False),
     "cuDNN attention": Lever(settings=attention(SDPBackend.CUDNN_ATTENTION)),
     "flash attention": Lever(settings=attention(SDPBackend.FLASH_ATTENTION)),
     "freezing": Lever(settings=config(freezing=True)),
@@ -106,16 +144,12 @@ LEVERS = {
     "coordinate descent": Lever(
         settings=config(deterministic=False, coordinate_descent_tuning=True), tuned=True
     ),
-    "max-autotune products": Lever(
-        settings=config(
-            deterministic=False, max_autotune_gemm=True, max_autotune_gemm_backends="ATEN,TRITON"
-        ),
-        tuned=True,
-    ),
+    "max-autotune products": Lever(settings=autotuned(conv="ATEN"), tuned=True),
+    "max-autotune": Lever(settings=autotuned(conv="ATEN,TRITON"), tuned=True),
 }
 _KINDS = {
     # the first that has a part of a kernel's name, and of the operators whose arithmetic it does
-    "norms, activations, casts": (("triton", "elementwise", "_norm"), ()),
+    "norms, activations, casts": (("triton", "elementwise", "_norm", "geglu", "biased_sum"), ()),
     "attention": (("flash", "fmha", "sdpa"), ("scaled_dot_product",)),
     "convolutions": (("conv", "fprop", "implicit"), ("convolution",)),
     "matrix products": (("gemm", "nvjet", "cutlass", "splitk"), ("mm",)),
@@ -124,27 +158,35 @@ _KINDS = {
 
 
 def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
-    """Yield rows for each model, or those named: of every lever, and of the kinds of kernels."""
+    """Yield rows of every lever, or those named, for both models, or the one that is named."""
+    if unknown := set(only) - {*PLACE, *LEVERS}:
+        known = ", ".join((*PLACE, *LEVERS))
+        raise SystemExit(f"benchmarks: --only takes {known}, got {sorted(unknown)}")
     if device != "cuda":
         raise SystemExit("benchmarks: levers are tried on a GPU: --device cuda")
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     rounds = 3 if quick else 9
-    for name in ("sd15", "sdxl"):
-        if only and name not in only:
-            continue
+    chosen = [label for label in LEVERS if label in only] or list(LEVERS)
+    for name in [name for name in PLACE if name in only] or list(PLACE):
         # besides the shipped one and its float32 model
         together = max(1, int(memory / PLACE[name]) - 2)
         with Contender(name, SHIPPED) as shipped:
             for tuned in (False, True):
-                labels = [x for x, lever in LEVERS.items() if x != SHIPPED and lever.tuned == tuned]
+                labels = [x for x in chosen if x != SHIPPED and LEVERS[x].tuned == tuned]
+                if tuned:
+                    # nothing else may be at work while kernels are chosen by their times
+                    assert shipped.expected.size
+                    together = 1
                 paying: dict[str, Made] = {}
                 for lever in compiled(name, labels, shipped, together):
                     row = lever.row(*lever.against(shipped, rounds))
                     if row.ratios[SHIPPED] > PAYS:
                         paying[lever.label] = lever.made
                     yield row
-                if not tuned:
-                    yield from kind_rows(name, shipped)
+                    if not LEVERS[lever.label].compiled:
+                        yield from kind_rows(lever)
+                if SHIPPED in chosen and not tuned:
+                    yield from kind_rows(shipped)
                 for twin in compiled(name, list(paying), shipped, together):
                     yield twin.bits_row(paying[twin.label])
 
@@ -154,22 +196,22 @@ def compiled(
 ) -> Iterator[Contender]:
     """Yield the levers that compile, while no other does: so many at a time, which then wait."""
     for first in range(0, len(labels), together):
+        several = labels[first : first + together]
+        threads = max(1, len(os.sched_getaffinity(0)) // len(several))
         with contextlib.ExitStack() as stack:
-            started = [
-                stack.enter_context(Contender(name, label))
-                for label in labels[first : first + together]
-            ]
+            started = [stack.enter_context(Contender(name, label, threads)) for label in several]
             yield from [contender for contender in started if contender.agrees(shipped)]
 
 
-def kind_rows(name: str, shipped: Contender) -> Iterator[Row]:
-    """Yield a row for each kind of kernels in the shipped call."""
-    microseconds, flops = shipped.ask("profile")
+def kind_rows(contender: Contender) -> Iterator[Row]:
+    """Yield a row for each kind of kernels in a call."""
+    microseconds, flops = contender.ask("profile")
     whole = sum(microseconds.values())
     for kind, spent in microseconds.items():
-        told = f", {flops[kind] / spent / 1e6:.0f} TFLOP/s" if flops[kind] else ""
+        told = f", {flops[kind] / spent / 1e6:.0f} TFLOP/s" if flops[kind] and spent else ""
+        share = f"{spent / whole:.0%} of the call{told}"
         yield Row(
-            case=f"{name}, batch 2, {kind} ({spent / whole:.0%} of the call{told})",
+            case=f"{contender.name}, batch 2, {contender.label}: {kind} ({share})",
             metric="GPU time of the kernels of a model call",
             unit="us",
             ours=spent,
@@ -190,15 +232,18 @@ class Made(NamedTuple):
 class Contender:
     """A lever in a process of its own, which compiles from nothing."""
 
-    def __init__(self, name: str, label: str) -> None:
+    def __init__(self, name: str, label: str, threads: int = 4) -> None:
         self.name, self.label = name, label
+        self._threads = threads  # that compile
 
     def __enter__(self) -> Contender:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._process = context.Process(
-            target=contend, args=(theirs, self.name, self.label, self._folder.name), daemon=True
+            target=contend,
+            args=(theirs, self.name, self.label, self._folder.name, self._threads),
+            daemon=True,
         )
         self._process.start()
         theirs.close()
@@ -276,12 +321,11 @@ class Contender:
 
 
 @torch.no_grad()
-def contend(pipe: Connection, name: str, label: str, folder: str) -> None:
+def contend(pipe: Connection, name: str, label: str, folder: str, threads: int) -> None:
     """Make a lever's call, say so, and serve: seconds of a call over about so many seconds of them,
     the output of the "float32" model, or the "profile" and arithmetic of the call."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-    # all compile at once
-    inductor.compile_threads = 4
+    inductor.compile_threads = threads
     warnings.simplefilter("ignore")
     try:
         model = models.denoiser(name, 2, "cuda", torch.bfloat16)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import levers
 
@@ -53,3 +54,65 @@ def test_a_lever_is_as_near_to_float32_as_the_shipped_call(distance, agrees):
     contender = levers.Contender("sd15-small", "fused QKV")
     contender.made = levers.Made(0.0, True, expected - distance)
     assert contender.agrees(shipped) == agrees
+
+
+class Fake(levers.Contender):
+    """Has made its output at once, and knows how fast it is."""
+
+    def __enter__(self):
+        SLOTS.append(self.label)
+        self.made = levers.Made(1.0, True, np.ones(3, np.float32))
+        return self
+
+    def __exit__(self, *_):
+        SLOTS.remove(self.label)
+
+    def ask(self, question):
+        if self.label not in (levers.SHIPPED, *TUNED):
+            assert not set(SLOTS) & set(TUNED)
+        elif self.label in TUNED:
+            assert SLOTS == [levers.SHIPPED, self.label], "nothing else runs while it is tuned"
+        if question == "float32":
+            return np.zeros(3, np.float32)
+        if question == "profile":
+            return dict.fromkeys(levers._KINDS, 1.0), dict.fromkeys(levers._KINDS, 0.0)
+        return 0.5 if self.label in FASTER else 1.0
+
+
+SLOTS = []
+FASTER = ["freezing", "max-autotune"]
+TUNED = [label for label, lever in levers.LEVERS.items() if lever.tuned]
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    memory = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    monkeypatch.setattr(levers, "Contender", Fake)
+
+
+def cases(*only):
+    return [row.case for row in levers.rows("cuda", True, only)]
+
+
+def test_each_lever_is_told_and_those_that_pay_come_twice(faked):
+    told = cases("sd15")
+    assert not SLOTS and all(case.startswith("sd15, batch 2, ") for case in told)
+    for label, lever in levers.LEVERS.items():
+        mine = [case for case in told if case.startswith(f"sd15, batch 2, {label}")]
+        twice = any("in another process" in case for case in mine)
+        assert twice == (label in FASTER)
+        kinds = [case for case in mine if case.startswith(f"sd15, batch 2, {label}: ")]
+        wanted = label == levers.SHIPPED or not lever.compiled
+        assert len(kinds) == (len(levers._KINDS) if wanted else 0)
+        assert any("ready in" in case for case in mine) == (label != levers.SHIPPED)
+
+
+def test_levers_are_chosen_by_name(faked):
+    assert [case.split(" (")[0] for case in cases("sdxl", "max-autotune", "fused QKV")] == [
+        "sdxl, batch 2, fused QKV",
+        "sdxl, batch 2, max-autotune",
+        "sdxl, batch 2, max-autotune, in another process",
+    ]
+    with pytest.raises(SystemExit, match="got \\['autotune'\\]"):
+        cases("autotune")

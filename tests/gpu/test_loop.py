@@ -1,21 +1,17 @@
 """The compiled loop: CUDA graphs give the bits of the eager loop, also in another process."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from inpo_fast import NoiseSchedule, Sampler, State, bdia, edict, mccallum_foster, obelm
 from inpo_fast.schedule import scaled_linear_alphas_cumprod
+from tests.gpu.processes import run_anew
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-ROOT = Path(__file__).resolve().parents[2]
 SOLVERS = {
     "bdia": bdia,
     "bdia(15/16)": lambda schedule, **k: bdia(schedule, gamma=15 / 16, **k),
@@ -205,7 +201,6 @@ def test_one_graph_for_each_kind_of_update():
 
 
 def test_another_process_decodes_to_the_same_bits(tmp_path):
-    """Each process compiles for itself: with caches of its own, nothing is handed over but bits."""
     program = """
 import json, sys, torch
 from tests.gpu.test_loop import denoiser, latents, schedule
@@ -222,19 +217,8 @@ else:
     start = Sampler(model, program, **options).start(latents())
     print(json.dumps(state.equal(start)))
 """
-    for direction in ("there", "back"):
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path / "noise.safetensors"), direction],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / direction),
-                "TRITON_CACHE_DIR": str(tmp_path / f"{direction}-triton"),
-            },
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])
-    assert State.load(tmp_path / "noise.safetensors").frac_bits == 20
+    path = tmp_path / "noise.safetensors"
+    run_anew(program, path, "there", caches=tmp_path / "there")
+    printed = run_anew(program, path, "back", caches=tmp_path / "back")
+    assert json.loads(printed.splitlines()[-1])
+    assert State.load(path).frac_bits == 20

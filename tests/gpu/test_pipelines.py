@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from inpo_fast import Inversion, invert
+from tests.gpu.processes import run_anew
 from tests.pipelines import tiny
 from tests.pipelines.test_untouched import modules, picture, same
 
@@ -190,6 +191,29 @@ def test_fused_layers_come_back_to_the_bit(cuda, tmp_path, name, dtype):
     loaded = Inversion.load(tmp_path / "inversion.safetensors", pipe)
     assert loaded.reconstruct().bits_equal
     assert torch.equal(edited(loaded), edited(captured))
+
+
+def test_another_process_edits_what_fused_layers_inverted(cuda, tmp_path):
+    pytest.importorskip("triton")
+    program = """
+import sys, torch
+from inpo_fast import Inversion, fuse_layers
+from tests.gpu.test_pipelines import build, edited, inverted
+device, path, before, after = sys.argv[1:]
+pipe = build("sdxl", torch.bfloat16, device)
+fuse_layers(pipe.unet)
+inversion = inverted(pipe, compile="graph")
+if before:
+    loaded = Inversion.load(path, pipe)
+    assert loaded.state.equal(inversion.state) and loaded.reconstruct().bits_equal
+    assert torch.equal(edited(loaded), torch.load(before, device))
+else:
+    inversion.save(path)
+    torch.save(edited(inversion), after)
+"""
+    path, images = tmp_path / "inversion.safetensors", tmp_path / "edited.pt"
+    run_anew(program, cuda, path, "", images, caches=tmp_path / "there")
+    run_anew(program, cuda, path, images, "", caches=tmp_path / "back")
 
 
 def one_resolution(dtype, device):
