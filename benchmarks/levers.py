@@ -91,6 +91,12 @@ def text_once(unet: nn.Module) -> None:
             module.attn2.to_kv = Once(module.attn2.to_kv)
 
 
+def compiled_blocks(unet: Any) -> None:
+    """Fused layers, but for the transformer blocks, which are compiled."""
+    fused(unet)
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+
 def contiguous(unet: nn.Module) -> None:
     """Channels first."""
     unet.to(memory_format=torch.contiguous_format)
@@ -101,24 +107,13 @@ def config(**values: object) -> Settings:
     return lambda: inductor.patch(**values)
 
 
-def autotuned(conv: str) -> Settings:
-    """Products by the fastest of cuBLAS's and Triton's kernels, and convolutions by that of `conv`,
-    with what follows them in the same kernel where it is Triton's."""
-    return config(
-        deterministic=False,
-        max_autotune_gemm=True,
-        max_autotune_gemm_backends="ATEN,TRITON",
-        max_autotune_conv_backends=conv,
-    )
-
-
 def attention(backend: SDPBackend) -> Settings:
     """Force one kernel of scaled dot product attention."""
     return lambda: sdpa_kernel([backend])
 
 
 class Lever(NamedTuple):
-    """A change of the model, and settings while it is compiled, if it is, and captured."""
+    """A change of the model, and settings while it is compiled, if it is whole, and captured."""
 
     change: Change = nothing
     settings: Settings = contextlib.nullcontext
@@ -128,6 +123,13 @@ class Lever(NamedTuple):
 
 
 SHIPPED = "as shipped"
+AUTOTUNED = config(
+    # products only: cuDNN's convolutions reach what the chip does
+    deterministic=False,
+    max_autotune_gemm=True,
+    max_autotune_gemm_backends="ATEN,TRITON",
+    max_autotune_conv_backends="ATEN",
+)
 LEVERS = {
     SHIPPED: Lever(),
     "fused QKV": Lever(fused_qkv),
@@ -136,6 +138,7 @@ LEVERS = {
         lambda unet: (fused_qkv(unet), fused(unet)), compiled=False
     ),
     "fused layers and QKV, text once, captured only": Lever(text_once, compiled=False),
+    "fused layers, compiled blocks": Lever(compiled_blocks, compiled=False),
     "cuDNN attention": Lever(settings=attention(SDPBackend.CUDNN_ATTENTION)),
     "flash attention": Lever(settings=attention(SDPBackend.FLASH_ATTENTION)),
     "freezing": Lever(settings=config(freezing=True)),
@@ -144,15 +147,20 @@ LEVERS = {
     "coordinate descent": Lever(
         settings=config(deterministic=False, coordinate_descent_tuning=True), tuned=True
     ),
-    "max-autotune products": Lever(settings=autotuned(conv="ATEN"), tuned=True),
-    "max-autotune": Lever(settings=autotuned(conv="ATEN,TRITON"), tuned=True),
+    "fused layers, blocks by max-autotune": Lever(
+        compiled_blocks, AUTOTUNED, compiled=False, tuned=True
+    ),
+    "max-autotune": Lever(settings=AUTOTUNED, tuned=True),
 }
 _KINDS = {
     # the first that has a part of a kernel's name, and of the operators whose arithmetic it does
-    "norms, activations, casts": (("triton", "elementwise", "_norm", "geglu", "biased_sum"), ()),
+    "norms, activations, casts": (
+        ("triton_poi", "triton_red", "triton_per", "elementwise", "_norm", "geglu", "biased_sum"),
+        (),
+    ),
     "attention": (("flash", "fmha", "sdpa"), ("scaled_dot_product",)),
     "convolutions": (("conv", "fprop", "implicit"), ("convolution",)),
-    "matrix products": (("gemm", "nvjet", "cutlass", "splitk"), ("mm",)),
+    "matrix products": (("gemm", "nvjet", "cutlass", "splitk", "triton_tem"), ("mm",)),
     "other": (("",), ("",)),
 }
 
