@@ -21,6 +21,7 @@ import copy
 import functools
 import multiprocessing
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -153,15 +154,16 @@ LEVERS = {
     "max-autotune": Lever(settings=AUTOTUNED, tuned=True),
 }
 _KINDS = {
-    # the first that has a part of a kernel's name, and of the operators whose arithmetic it does
+    # the first whose pattern is in a kernel's name, and in those of the operators whose arithmetic
+    # it does; a product that Inductor chose (triton_tem) is named after all that follows in it, too
     "norms, activations, casts": (
-        ("triton_poi", "triton_red", "triton_per", "elementwise", "_norm", "geglu", "biased_sum"),
-        (),
+        "triton_(poi|red|per)|elementwise|^(?!triton_tem).*_norm|geglu|biased_sum",
+        "(?!)",
     ),
-    "attention": (("flash", "fmha", "sdpa"), ("scaled_dot_product",)),
-    "convolutions": (("conv", "fprop", "implicit"), ("convolution",)),
-    "matrix products": (("gemm", "nvjet", "cutlass", "splitk", "triton_tem"), ("mm",)),
-    "other": (("",), ("",)),
+    "attention": ("^(?!triton_tem).*(flash|fmha|sdpa)", "scaled_dot_product"),
+    "convolutions": ("^(?!triton_tem).*(conv|fprop|implicit)", "convolution"),
+    "matrix products": ("gemm|nvjet|cutlass|splitk|triton_tem", "mm"),
+    "other": ("", ""),
 }
 
 
@@ -412,7 +414,5 @@ def profile(replay: Callable[[], object], calls: int = 10) -> dict[str, float]:
 def _kind(name: str, column: int) -> str:
     """What a kernel or an operator belongs to."""
     return next(
-        kind
-        for kind, parts in _KINDS.items()
-        if any(part in name.lower() for part in parts[column])
+        kind for kind, patterns in _KINDS.items() if re.search(patterns[column], name.lower())
     )

@@ -9,7 +9,8 @@ the round trip must have returned the bits it began with. Rivals, in the same ru
 * ``float64``: the precision of the official EDICT and BDIA code, two separate passes a step. It is
   timed on a few steps and scaled to the number of calls.
 
-The same with fused layers waits for no compiler, and has diffusers for a rival only.
+The same with fused layers and projections waits for no compiler, and has diffusers for a rival
+only.
 
 All times are of whole jobs, synchronised. Memory is the peak of each, weights included.
 """
@@ -62,15 +63,16 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
 
 
 def fused_rows(name: str, batch: int, steps: int) -> Iterator[Row]:
-    """Yield the rows of a model whose layers are fused, and which nothing compiles."""
+    """Yield the rows of a model with fused layers and projections, which nothing compiles."""
     from inpo_fast import fuse_layers
 
-    label = f"{name}, batch {batch}, {steps} + {steps} steps, fused layers, no compiler"
+    label = f"{name}, batch {batch}, {steps} + {steps} steps, fused layers and QKV, no compiler"
     model = models.denoiser(name, 2 * batch, "cuda", torch.bfloat16)
     z = models.latents(name, batch, "cuda")
     rival = timed(diffusers_round_trip(model, z, steps), 1)
     release()
     fuse_layers(model.unet)
+    model.unet.fuse_qkv_projections()
     invert, sample, first = ready(label, model, z, steps, compile="graph")
     ours = timed(lambda: sample.run(invert.run(z)), 3 if name == "sdxl" else 5)
     yield row(f"{label}, against diffusers", ours, {"diffusers": rival})

@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -139,20 +143,29 @@ class FusedAttention(Attention):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        plain = type(self.processor) is AttnProcessor2_0 and hidden_states.ndim == 3
-        if kwargs or attention_mask is not None or not plain:
+        plain = type(self.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
+        if kwargs or attention_mask is not None or not plain or hidden_states.ndim != 3:
             given = (hidden_states, encoder_hidden_states, attention_mask)
             y: Tensor = super().forward(*given, **kwargs)
             return y
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1))
-            for projected in (self.to_q(hidden_states), self.to_k(text), self.to_v(text))
+            for projected in self._project(hidden_states, encoder_hidden_states)
         )
         y = attention(query, key, value).flatten(2)
         for layer in self.to_out:
             y = layer(y)
         return y
+
+    def _project(self, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
+        """Query, key and value, by one product where `fuse_qkv_projections` was asked for it."""
+        if type(self.processor) is AttnProcessor2_0:
+            text = hidden_states if text is None else text
+            return self.to_q(hidden_states), self.to_k(text), self.to_v(text)
+        if text is None:
+            together: Tensor = self.to_qkv(hidden_states)
+            return together.chunk(3, dim=-1)
+        return self.to_q(hidden_states), *self.to_kv(text).chunk(2, dim=-1)
 
 
 class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]

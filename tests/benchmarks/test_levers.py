@@ -13,7 +13,7 @@ from benchmarks import levers
     ("kernel", "kind"),
     [
         ("triton_poi_fused__scaled_dot_product_attention_convolution_3", "norms, activations"),
-        ("triton_tem_fused_addmm_gelu_view_12", "matrix products"),
+        ("triton_tem_fused_addmm_convolution_native_layer_norm_view_12", "matrix products"),
         ("_geglu_kernel", "norms, activations"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolutions"),

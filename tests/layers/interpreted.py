@@ -232,6 +232,35 @@ def test_deterministic_attention(monkeypatch):
         assert my.dtype == their.dtype
 
 
+@pytest.mark.parametrize("first", ["layers", "projections"])
+def test_fused_projections_are_the_same_attention(monkeypatch, first):
+    """In either order, and by the fused layers: diffusers' own way divides by 1, a whole pass."""
+    unet = tiny.with_trained_norms(tiny.unet()).eval()
+    given = (image(2, 4, 8, 8), 7, image(2, 3, unet.config.cross_attention_dim))
+
+    @torch.no_grad()
+    def output():
+        return unet(*given, return_dict=False)[0]
+
+    if first == "layers":
+        layers.fuse_layers(unet)
+        expected = output()
+    with torch.no_grad():
+        unet.fuse_qkv_projections()
+    if first == "projections":
+        expected = output()
+        layers.fuse_layers(unet)
+    with monkeypatch.context() as patched:
+        patched.setattr(Attention, "forward", None)
+        found = output()
+    # float32 in other orders of summation
+    bound = 2**-16 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+    if first == "layers":
+        unet.unfuse_qkv_projections()
+        assert torch.equal(output(), expected)
+
+
 def test_checkpointed_activations_give_the_same_gradients():
     unet = tiny.with_trained_norms(tiny.unet()).eval()
     layers.fuse_layers(unet)
