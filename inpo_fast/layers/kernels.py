@@ -22,7 +22,14 @@ TILE, GATES = 4096, 256
 # Programs of a layer norm's backward, each with its part of the sums over rows.
 PROGRAMS = 512
 
-OPTIONS: dict[str, Any] = {"num_warps": 4}
+# Few where a tile is added up over its pixels, as what is added across warps goes through shared
+# memory; many where a long column is read that is added up only at its end.
+WARPS = {"_group_norm_parts_kernel": 2, "_biased_sum_kernel": 2, "_group_norm_moments_kernel": 8}
+
+
+def options(kernel: Any) -> dict[str, Any]:
+    """What a kernel is compiled with."""
+    return {"num_warps": WARPS.get(kernel.__name__, 4)}
 
 
 @triton.jit
@@ -274,7 +281,8 @@ def _group_norm_backward_means_kernel(
         inverse = tl.load(moments_ptr + tl.program_id(0) * 2 + 1)
         dshift = tl.sum(sums, axis=0) * weight - pixels * first - tl.sum(normed, axis=0) * second
         own = sample.to(tl.int64) * channels + group * size + lane
-        tl.store(dshift_ptr + own, dshift * inverse, mask=lane < size)
+        dshift = (dshift * inverse).to(dshift_ptr.dtype.element_ty)
+        tl.store(dshift_ptr + own, dshift, mask=lane < size)
 
 
 @triton.jit

@@ -5,16 +5,27 @@ Images are [N, P, C] contiguous, rows [R, W] contiguous, moments and partial sum
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
-from ..ops.triton_launch import launch
+from ..ops import triton_launch
 from . import kernels
-from .kernels import CHANNELS, GATES, OPTIONS, PIXELS, PROGRAMS, ROWS, TILE
+from .kernels import CHANNELS, GATES, PIXELS, PROGRAMS, ROWS, TILE
 
 _IMAGE_TILE = (PIXELS, CHANNELS)
 _GATE_TILE = (GATES, TILE // GATES)
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[float, ...],
+) -> None:
+    triton_launch.launch(kernel, grid, tensors, scalars, kernels.options(kernel))
 
 
 def _image_grid(x: Tensor) -> tuple[int, int, int]:
@@ -51,7 +62,7 @@ def group_norm(
 
     Args:
         x: [N, P, C].
-        shift: [N, C] float32, added to every pixel before; contiguous.
+        shift: [N, C], added to every pixel before; contiguous.
         weight, bias: [C].
     """
     samples, pixels, channels = x.shape
@@ -62,8 +73,8 @@ def group_norm(
     # where nothing is shifted, nothing is read there
     shift = moments if shift is None else shift
     parts = (x, means, squares)
-    launch(kernels._group_norm_parts_kernel, grid, parts, (pixels, channels, *_IMAGE_TILE), OPTIONS)
-    launch(
+    _launch(kernels._group_norm_parts_kernel, grid, parts, (pixels, channels, *_IMAGE_TILE))
+    _launch(
         kernels._group_norm_moments_kernel,
         (samples * groups, 1, 1),
         (means, squares, shift, moments),
@@ -71,14 +82,12 @@ def group_norm(
             *(pixels, channels, grid[0], size, eps),
             *(shifted, PIXELS, ROWS, triton.next_power_of_2(size)),
         ),
-        OPTIONS,
     )
-    launch(
+    _launch(
         kernels._group_norm_kernel,
         grid,
         (x, shift, moments, weight, bias, y),
         (pixels, channels, size, shifted, activated, *_IMAGE_TILE),
-        OPTIONS,
     )
     return y, moments
 
@@ -107,26 +116,23 @@ def group_norm_backward(
     shift = moments if shift is None else shift
     constants = (pixels, channels, size, shifted, activated, *_IMAGE_TILE)
     given = (x, dy, shift, moments)
-    launch(
+    _launch(
         kernels._group_norm_backward_parts_kernel,
         grid,
         (*given, weight, bias, total, dot, normed),
         constants,
-        OPTIONS,
     )
-    launch(
+    _launch(
         kernels._group_norm_backward_means_kernel,
         (samples * groups, 1, 1),
         (total, dot, normed, weight, moments, means, means if dshift is None else dshift),
         (pixels, channels, grid[0], size, shifted, ROWS, triton.next_power_of_2(size)),
-        OPTIONS,
     )
-    launch(
+    _launch(
         kernels._group_norm_backward_kernel,
         grid,
         (*given, means, weight, bias, dx),
         constants,
-        OPTIONS,
     )
     if not affine:
         return dx, dshift, None, None
@@ -153,12 +159,11 @@ def layer_norm(
     tile = _row_tile(width)
     y = torch.empty_like(x, dtype=dtype)
     total = x if residual is None else torch.empty_like(x, dtype=torch.result_type(x, residual))
-    launch(
+    _launch(
         kernels._layer_norm_kernel,
         (triton.cdiv(rows, tile[0]), 1, 1),
         (x, x if residual is None else residual, total, weight, bias, y),
         (rows, width, eps, residual is not None, *tile),
-        OPTIONS,
     )
     return y, total
 
@@ -172,12 +177,11 @@ def layer_norm_backward(
     programs = min(PROGRAMS, triton.cdiv(rows, tile[0]))
     sums = _float32(x, 2, programs, width)
     dx = torch.empty_like(x)
-    launch(
+    _launch(
         kernels._layer_norm_backward_kernel,
         (programs, 1, 1),
         (x, dy, dy if dtotal is None else dtotal, weight, dx, sums[1], sums[0]),
         (rows, width, eps, dtotal is not None, *tile),
-        OPTIONS,
     )
     if not affine:
         return dx, None, None
@@ -189,7 +193,7 @@ def biased_sum(x: Tensor, y: Tensor, bias: Tensor, total: Tensor) -> None:
     """total = x + y + b, of x, y and total [N, P, C] and b [C]."""
     _, pixels, channels = x.shape
     constants = (pixels, channels, *_IMAGE_TILE)
-    launch(kernels._biased_sum_kernel, _image_grid(x), (x, y, bias, total), constants, OPTIONS)
+    _launch(kernels._biased_sum_kernel, _image_grid(x), (x, y, bias, total), constants)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -197,7 +201,7 @@ def geglu(x: Tensor) -> Tensor:
     rows, width = len(x), x.shape[1] // 2
     y = x.new_empty(rows, width)
     constants = (rows, width, *_GATE_TILE)
-    launch(kernels._geglu_kernel, _gate_grid(rows, width), (x, y), constants, OPTIONS)
+    _launch(kernels._geglu_kernel, _gate_grid(rows, width), (x, y), constants)
     return y
 
 
@@ -207,5 +211,5 @@ def geglu_backward(x: Tensor, dy: Tensor) -> Tensor:
     dx = torch.empty_like(x)
     constants = (rows, width, *_GATE_TILE)
     grid = _gate_grid(rows, width)
-    launch(kernels._geglu_backward_kernel, grid, (x, dy, dx), constants, OPTIONS)
+    _launch(kernels._geglu_backward_kernel, grid, (x, dy, dx), constants)
     return dx

@@ -90,7 +90,7 @@ class FusedGroupNorm(nn.GroupNorm):
             return functional.silu(y) if activated else y
         _check_channels(input.shape[1], self.num_channels)
         if shift is not None:
-            shift = shift.float().expand(input.shape[:2]).contiguous()
+            shift = shift.expand(input.shape[:2]).contiguous()
         given = (shift, self.weight, self.bias, self.num_groups, self.eps, activated)
         return functions.apply(functions.GroupNorm, input, *given)
 
@@ -212,7 +212,7 @@ class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
             return y
         hidden, bias = _convolved(self.conv1, self.norm1(input_tensor, activated=True))
         shift = self.time_emb_proj(functional.silu(temb))
-        shift = shift if bias is None else shift.float() + bias
+        shift = shift if bias is None else shift + bias
         hidden = self.dropout(self.norm2(hidden, activated=True, shift=shift))
         hidden, bias = _convolved(self.conv2, hidden)
         if self.conv_shortcut is not None:

@@ -97,7 +97,8 @@ def test_float64_is_not_rounded(module):
     assert torch.equal(module(x), expected)
 
 
-HALF = {"x_ptr", "dy_ptr", "y_ptr", "dx_ptr", "residual_ptr", "total_ptr", "dtotal_ptr"}
+HALF = {f"{name}_ptr" for name in ("x", "dx", "y", "dy", "residual", "total", "dtotal")}
+HALF |= {"shift_ptr", "dshift_ptr"}
 """Pointers to numbers of the model's precision; all others are to float32."""
 WIDTHS = (320, 1280)
 
@@ -162,7 +163,7 @@ def test_no_kernel_spills(name, tmp_path, monkeypatch):
                     if argument in ("channels", "width", "pixels"):
                         attributes[(i,)] = [["tt.divisibility", 16]]
             source = ASTSource(kernel, signature, values, attributes)
-            made = compile(source, GPUTarget("cuda", capability, 32), dict(kernels.OPTIONS))
+            made = compile(source, GPUTarget("cuda", capability, 32), kernels.options(kernel))
             used = usage(made.asm["cubin"], tmp_path / "kernel.cubin")
             assert used["STACK"] == used["LOCAL"] == 0, (capability, half, given, used)
             # two blocks of threads on a multiprocessor at least
