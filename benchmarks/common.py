@@ -85,9 +85,9 @@ def versions() -> dict[str, Any]:
     }
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-        found["driver"] = _command(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
+        # a line for each GPU
+        driver = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = driver.partition("\n")[0]
     if "triton" in sys.modules:
         found["triton"] = sys.modules["triton"].__version__
     return found
