@@ -185,7 +185,7 @@ def rows(device: str, quick: bool, only: Sequence[str]) -> Iterator[Row]:
                 labels = [x for x in chosen if x != SHIPPED and LEVERS[x].tuned == tuned]
                 if tuned:
                     # nothing else may be at work while kernels are chosen by their times
-                    assert shipped.expected.size
+                    shipped.wait()
                     together = 1
                 paying: dict[str, Made] = {}
                 for lever in compiled(name, labels, shipped, together):
@@ -274,6 +274,10 @@ class Contender:
         """The float32 model's output."""
         return self.ask("float32")
 
+    def wait(self) -> None:
+        """Until it is compiled, and the float32 model's output is there."""
+        _ = self.expected
+
     def ask(self, question: str | float) -> Any:
         """The process's answer, see `contend`; its failures are raised here."""
         assert self.made
@@ -334,7 +338,8 @@ class Contender:
 def contend(pipe: Connection, name: str, label: str, folder: str, threads: int) -> None:
     """Make a lever's call, say so, and serve: seconds of a call over about so many seconds of them,
     the output of the "float32" model, or the "profile" and arithmetic of the call."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+    os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
     inductor.compile_threads = threads
     warnings.simplefilter("ignore")
     try:

@@ -13,23 +13,26 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 _STEP = 0x3C6EF372FE94F82A
 """2 K, even and below 2^63."""
 
 _CHUNK = 2**17
-_FUSED = "with fused layers"
+_LAYERS, _QKV = "with fused layers", "with fused QKV"
+_FUSED = {_LAYERS: "fuse_layers", _QKV: "fuse_qkv_projections"}
+"""Ways to compute the same in other roundings, and the calls that choose them."""
 
 
 class Fingerprint(NamedTuple):
     """Of a model.
 
     Attributes:
-        checksum: SHA-256 over class, configuration, adapters and the checksums of all weights and
-            buffers.
+        checksum: SHA-256 over class, configuration, adapters, attention processors and the
+            checksums of all weights and buffers.
         dtypes: of its parameters, to say what is different (the checksum covers them too), and
-            whether its layers are fused.
+            whether its layers or its projections of attention are fused.
     """
 
     checksum: str
@@ -81,16 +84,29 @@ def check_dtypes(
             for (then, now), parts in cast.items()
         )
         remedy = "use the same dtype (inpo-fast: --dtype)"
-        if _FUSED in said:
-            remedy += ", and fuse_layers for both or for neither"
+        for way, call in _FUSED.items():
+            if way in said:
+                remedy += f", and {call} for both or for neither"
         raise ValueError(f"{name} was made with {said}: {remedy}")
 
 
 def _dtypes(module: nn.Module) -> str:
     floating = {str(p.dtype) for p in module.parameters() if p.is_floating_point()}
     told = ", ".join(sorted(dtype.removeprefix("torch.") for dtype in floating))
-    fused = any(getattr(part, "is_fused", False) for part in module.modules())
-    return f"{told} {_FUSED}" if fused else told
+    parts = list(module.modules())
+    if any(getattr(part, "is_fused", False) for part in parts):
+        told += f" {_LAYERS}"
+    return f"{told} {_QKV}" if any(map(_projects_once, parts)) else told
+
+
+def _projects_once(part: nn.Module) -> bool:
+    """Whether an attention has one product for query, key and value.
+
+    It says so, and no longer when that is taken back; diffusers' older ones change their processor.
+    """
+    if isinstance(part, Attention):
+        return type(part.processor).__name__.startswith("Fused")
+    return bool(getattr(part, "fused_projections", False))
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -108,13 +124,16 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _switches(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What changes the model without changing a weight: adapters on and off, FreeU."""
+    """What changes the model without changing a weight: adapters on and off, FreeU, and how
+    attention is computed."""
     for name, part in module.named_modules():
         freeu = {
             k: v for k in ("s1", "s2", "b1", "b2") if (v := getattr(part, k, None)) is not None
         }
         if freeu:
             yield name, repr(freeu)
+        if hasattr(part, "processor"):
+            yield name, type(part.processor).__name__
         if hasattr(part, "active_adapters") and hasattr(part, "scaling"):
             merged = getattr(part, "merged_adapters", [])
             off = getattr(part, "disable_adapters", False)

@@ -147,8 +147,8 @@ def _compare_models(path: str, header: Mapping[str, Any], adapter: Adapter) -> N
     models = {name: fingerprint(module) for name, module in modules.items()}
     if other := sorted(n for n in models.keys() | saved.keys() if models.get(n) != saved.get(n)):
         raise ValueError(
-            f"{path} was made with another model: the configuration, weights or adapters of "
-            f"{', '.join(other)} differ from the pipeline's"
+            f"{path} was made with another model: the configuration, weights, adapters or "
+            f"attention processors of {', '.join(other)} differ from the pipeline's"
         )
 
 

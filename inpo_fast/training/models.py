@@ -72,6 +72,10 @@ class Model:
             )
 
 
+_COPIES = ("to_qkv", "to_kv", "to_added_qkv")
+"""What diffusers' `fuse_qkv_projections` makes of the projections of an attention."""
+
+
 def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> Model:
     """Load the denoiser and scheduler that the config names, or take those of a pipeline.
 
@@ -81,7 +85,8 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
         dtype: of weights that stay frozen under a LoRA; others are loaded in float32.
 
     Raises:
-        ConfigError: nothing can be loaded, or a family that cannot be trained so.
+        ConfigError: nothing can be loaded, a family that cannot be trained so, or a pipeline whose
+            QKV projections are fused.
     """
     name = _class_in_index(config) if pipeline is None else type(pipeline).__name__
     if name not in FAMILIES:
@@ -94,6 +99,11 @@ def load_model(config: PreferenceConfig, pipeline: Any, dtype: torch.dtype) -> M
     options = {"dtype": torch.float32 if config.rank is None else dtype}
     parts = _denoiser_and_scheduler(config, family, options) if pipeline is None else pipeline
     denoiser, reference = getattr(parts, family.component), None
+    if any(hasattr(part, copy) for part in denoiser.modules() for copy in _COPIES):
+        raise ConfigError(
+            "the pipeline must not have fused QKV projections, which copy weights that would then "
+            "be trained in vain; unfuse_qkv_projections may leave the copies, so load it anew"
+        )
     if config.unet_init is not None:
         reference = denoiser if OBJECTIVES[config.loss_type].starts_apart else None
         denoiser = other_denoiser(config.unet_init, type(denoiser), family.component, options)

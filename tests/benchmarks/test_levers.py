@@ -62,6 +62,7 @@ class Fake(levers.Contender):
     """Has made its output at once, and knows how fast it is."""
 
     def __enter__(self):
+        assert self.label not in TUNED or "float32" in ASKED, "the shipped call is being compiled"
         SLOTS.append(self.label)
         self.made = levers.Made(1.0, True, np.ones(3, np.float32))
         return self
@@ -70,6 +71,7 @@ class Fake(levers.Contender):
         SLOTS.remove(self.label)
 
     def ask(self, question):
+        ASKED.append(question)
         if self.label not in (levers.SHIPPED, *TUNED):
             assert not set(SLOTS) & set(TUNED)
         elif self.label in TUNED:
@@ -81,7 +83,7 @@ class Fake(levers.Contender):
         return 0.5 if self.label in FASTER else 1.0
 
 
-SLOTS = []
+SLOTS, ASKED = [], []
 FASTER = ["freezing", "max-autotune"]
 TUNED = [label for label, lever in levers.LEVERS.items() if lever.tuned]
 
@@ -91,6 +93,7 @@ def faked(monkeypatch):
     memory = SimpleNamespace(total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     monkeypatch.setattr(levers, "Contender", Fake)
+    ASKED.clear()
 
 
 def cases(*only):
@@ -116,5 +119,7 @@ def test_levers_are_chosen_by_name(faked):
         "sdxl, batch 2, max-autotune",
         "sdxl, batch 2, max-autotune, in another process",
     ]
+    ASKED.clear()
+    assert cases("sdxl", "max-autotune")
     with pytest.raises(SystemExit, match="got \\['autotune'\\]"):
         cases("autotune")

@@ -174,12 +174,15 @@ def test_captured_graphs_give_the_same_bits(cuda, name, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_fused_layers_come_back_to_the_bit(cuda, tmp_path, name, dtype):
+@pytest.mark.parametrize("qkv", [False, True])
+def test_fused_layers_come_back_to_the_bit(cuda, tmp_path, name, dtype, qkv):
     pytest.importorskip("triton")
     from inpo_fast import fuse_layers
 
     pipe = build(name, dtype, cuda)
     stock = inverted(pipe)
+    if qkv:
+        pipe.unet.fuse_qkv_projections()
     assert fuse_layers(pipe.unet) > 10
     plain, captured = inverted(pipe), inverted(pipe, compile="graph")
     assert_exact(captured)
@@ -202,6 +205,7 @@ from tests.gpu.test_pipelines import build, edited, inverted
 device, path, before, after = sys.argv[1:]
 pipe = build("sdxl", torch.bfloat16, device)
 fuse_layers(pipe.unet)
+pipe.unet.fuse_qkv_projections()
 inversion = inverted(pipe, compile="graph")
 if before:
     loaded = Inversion.load(path, pipe)

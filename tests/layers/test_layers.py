@@ -127,6 +127,7 @@ CONSTANTS = {
 def test_every_kernel_is_listed():
     kernels = pytest.importorskip("inpo_fast.layers.kernels")
     assert {name for name in vars(kernels) if name.endswith("_kernel")} == set(CONSTANTS)
+    assert set(kernels.WARPS) < set(CONSTANTS)
 
 
 @pytest.mark.parametrize("name", CONSTANTS)

@@ -95,6 +95,28 @@ def test_other_kernels_are_another_model(path):
     assert again.reconstruct().bits_equal
 
 
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
+def test_fused_projections_are_another_model(tmp_path, name):
+    """Their products may round in other ways, too."""
+    path, pipe = tmp_path / "inversion", tiny.build(name)
+    denoiser = pipe.unet if name == "sd" else pipe.transformer
+    inversion = invert(pipe, tiny.images(), "a cat", num_inference_steps=2)
+    inversion.save(path)
+    denoiser.fuse_qkv_projections()
+    refused = "in float32 with fused QKV: .*fuse_qkv_projections for both or for neither"
+    for use in (inversion.reconstruct, lambda: Inversion.load(path, pipe)):
+        with pytest.raises(ValueError, match=refused):
+            use()
+    fused = invert(pipe, tiny.images(), "a cat", num_inference_steps=2)
+    fused.save(path)
+    assert Inversion.load(path, pipe).reconstruct().bits_equal
+    denoiser.unfuse_qkv_projections()
+    for use in (fused.reconstruct, lambda: Inversion.load(path, pipe)):
+        with pytest.raises(ValueError, match=r"with fused QKV, which .*for neither"):
+            use()
+    assert inversion.reconstruct().bits_equal
+
+
 def test_what_is_expected_is_compared(path, pipe):
     Inversion.load(
         path,

@@ -208,6 +208,9 @@ def test_fingerprint_is_of_configuration_and_every_bit():
     assert before != free != fingerprint(other)
     other.disable_freeu()
     assert fingerprint(other) == before
+    # attention in slices rounds in other places
+    other.set_attention_slice(1)
+    assert fingerprint(other) != before
     resized = tiny._unet(sample_size=16)
     resized.load_state_dict(module.state_dict())
     assert fingerprint(resized) != before

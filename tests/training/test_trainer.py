@@ -786,6 +786,19 @@ def test_images_and_values_reach_the_tracker(tmp_path):
     assert Image.open(files[0]).tobytes() == shown(first).tobytes()
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_fused_projections_are_refused(sdxl, tmp_path, rank):
+    """They are copies, which the trained weights or their adapters would not change."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    config = tiny.config(sdxl, tmp_path, rank=rank, resolution=16)
+    load_model(config, pipe, torch.float32)
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ConfigError, match="fused QKV projections"):
+        load_model(config, pipe, torch.float32)
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_validation_decodes_in_the_dtype_of_the_autoencoder(sdxl, tmp_path, monkeypatch, loaded):
     """SDXL's overflows in float16, so its pipeline makes it float32, which autocast would undo."""
